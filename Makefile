@@ -1,0 +1,59 @@
+# make help lists the targets. PORT, MODEL, ARGS, PYTHON and VENV are variables:
+#   make serve PORT=9000 ARGS="--max-num-seqs 8"        make test ARGS="-k lock"
+
+.DEFAULT_GOAL := help
+.PHONY: help install serve test lint clean
+
+VENV ?= .venv
+PORT ?= 8000
+DEMO := vllm_kvcompress/demo_model
+MODEL ?= $(DEMO)
+ARGS ?=
+PYTHON ?= $(shell for p in python3 python3.12 python3.13 python3.11 python3.14; do \
+	$$p -c 'import sys; sys.exit(not (3, 11) <= sys.version_info < (3, 15))' 2>/dev/null \
+	&& echo $$p && break; done)
+
+INSTALLED := $(VENV)/.installed
+PURE_ROOMS := $(wildcard $(addprefix vllm_kvcompress/,policy accounting.py config.py))
+
+help:
+	@echo "make install   $(VENV)/ with vLLM 0.32 and this project, for the CPU or GPU found here"
+	@echo "make serve     install, then serve MODEL (the shipped demo model) with --kv-compress on PORT (8000)"
+	@echo "make test      install, then run the tests; ARGS go to pytest"
+	@echo "make lint      install, then ruff, and mypy on the pure rooms"
+	@echo "make clean     remove caches and build results; $(VENV)/ stays"
+
+install: $(INSTALLED)
+	@:
+
+# An __init__.py stands here because a new top-level package is a new line in the package map.
+$(INSTALLED): pyproject.toml setup.py requirements/cpu.lock requirements/dev.lock \
+		tools/install.py tools/quiet_pip.py tools/vllm_metadata.py \
+		$(wildcard benchmarks/__init__.py configs/__init__.py kernels/__init__.py)
+	@test -n "$(PYTHON)" || { echo "Python 3.11 to 3.14 is needed: make PYTHON=/path/to/python3.12"; exit 1; }
+	@$(PYTHON) tools/install.py --venv $(VENV)
+	@touch $@
+
+ifeq ($(MODEL),$(DEMO))
+NAME := demo
+serve: export VLLM_CPU_KVCACHE_SPACE ?= 1
+else
+NAME := $(MODEL)
+endif
+EXAMPLE = $(VENV)/bin/python -m vllm_kvcompress.bench.demo_model.request --port $(PORT) --model $(NAME)
+
+serve: install
+	@$(EXAMPLE)
+	@$(EXAMPLE) --when-ready & \
+	exec $(VENV)/bin/vllm serve $(MODEL) --kv-compress --served-model-name $(NAME) --port $(PORT) $(ARGS)
+
+test: install
+	$(VENV)/bin/pytest $(ARGS)
+
+lint: install
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/mypy $(PURE_ROOMS)
+
+clean:
+	rm -rf build *.egg-info .pytest_cache .mypy_cache .ruff_cache
+	find . -name __pycache__ -not -path './$(VENV)/*' -prune -exec rm -rf {} +

@@ -1,0 +1,1 @@
+"""The bench: the demo model, workloads and measurements (installs as vllm_kvcompress.bench)."""

@@ -1,0 +1,1 @@
+"""The demo model: its language, its training, and the request that shows it off."""

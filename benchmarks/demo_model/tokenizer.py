@@ -1,0 +1,121 @@
+"""The demo model's tokenizer: readable words as single tokens, single bytes for all other text.
+
+A byte-level BPE without merges: a word of the vocabulary is looked up whole (``ignore_merges``),
+anything else falls apart into its UTF-8 bytes, so every text can be encoded and comes back exactly.
+A word has four spellings (`` amber``, `` Amber``, ``amber``, ``Amber``), each its own token. Only
+the first is trained; the others get a scaled copy of its embedding (:func:`spelling_scale`), so
+they read the same and are never preferred when the model writes.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, processors
+
+from benchmarks.demo_model.language import ASSISTANT, BEGIN, END, USER
+from benchmarks.demo_model.words import WORDS
+
+PAD = "<|pad|>"
+SPECIAL = [PAD, BEGIN, END, USER, ASSISTANT]
+SPELLING_SCALE = 0.9  # of the embedding of the spellings that are not `` lowercase``
+MAX_POSITIONS = 8192
+
+CHAT_TEMPLATE = """\
+{{- bos_token -}}
+{%- for message in messages -%}
+  {%- if message['content'] is string -%}
+    {%- set text = message['content'] -%}
+  {%- else -%}
+    {%- set text = message['content'] | map(attribute='text') | join(' ') -%}
+  {%- endif -%}
+  {%- if message['role'] == 'assistant' -%}
+    {{- '<|assistant|> ' + text.strip() + '<|end|>' -}}
+  {%- else -%}
+    {{- '<|user|> ' + text.strip() -}}
+  {%- endif -%}
+{%- endfor -%}
+{%- if add_generation_prompt -%}
+  {{- '<|assistant|>' -}}
+{%- endif -%}
+"""
+
+
+def byte_symbols() -> list[str]:
+    """The printable stand-in of each of the 256 bytes, in byte order (the byte-level alphabet)."""
+    printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
+    others = iter(range(256, 512))
+    return [chr(byte) if byte in printable else chr(next(others)) for byte in range(256)]
+
+
+def trained_tokens() -> list[str]:
+    """The tokens that have an embedding of their own, as pieces of :mod:`language`, in id order.
+
+    Bytes above 127 have no text of their own and stand as their byte-level symbol.
+    """
+    bytes_ = [chr(i) if i < 128 else symbol for i, symbol in enumerate(byte_symbols())]
+    return SPECIAL + bytes_ + [" " + word for word in WORDS]
+
+
+def respellings() -> list[tuple[str, str]]:
+    """``(piece, trained piece it is read as)`` for the spellings without their own embedding."""
+    pairs = []
+    for word in WORDS:
+        for spelling in (" " + word.capitalize(), word, word.capitalize()):
+            if len(spelling) > 1:
+                pairs.append((spelling, " " + word))
+    return pairs
+
+
+def vocabulary() -> dict[str, int]:
+    """Piece -> token id of the shipped model: trained tokens first, then the other spellings."""
+    pieces = trained_tokens() + [piece for piece, _ in respellings()]
+    return {piece: index for index, piece in enumerate(pieces)}
+
+
+def build_tokenizer() -> Tokenizer:
+    symbols = byte_symbols()
+    vocab = {}
+    for piece, index in vocabulary().items():
+        plain = piece in SPECIAL or (len(piece) == 1 and ord(piece) > 127)
+        vocab[piece if plain else "".join(symbols[byte] for byte in piece.encode())] = index
+    tokenizer = Tokenizer(models.BPE(vocab=vocab, merges=[], ignore_merges=True))
+    tokenizer.add_special_tokens([AddedToken(token, special=True) for token in SPECIAL])
+    pattern = Regex(r" ?\p{L}+|\p{N}|[^\p{L}\p{N}]")
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split(pattern, behavior="isolated"),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
+    )
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single=f"{BEGIN} $A",
+        pair=f"{BEGIN} $A $B",
+        special_tokens=[(BEGIN, SPECIAL.index(BEGIN))],
+    )
+    return tokenizer
+
+
+def save_tokenizer(folder: Path) -> None:
+    """Write tokenizer.json, its config with the special tokens, and the chat template."""
+    build_tokenizer().save(str(folder / "tokenizer.json"))
+    special = {"bos_token": BEGIN, "eos_token": END, "pad_token": PAD}
+    config = {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "model_max_length": MAX_POSITIONS,
+        "clean_up_tokenization_spaces": False,
+        "additional_special_tokens": [USER, ASSISTANT],
+        **special,
+    }
+    _write_json(folder / "tokenizer_config.json", config)
+    _write_json(
+        folder / "special_tokens_map.json",
+        {**special, "additional_special_tokens": [USER, ASSISTANT]},
+    )
+    (folder / "chat_template.jinja").write_text(CHAT_TEMPLATE)
+
+
+def _write_json(path: Path, content: object) -> None:
+    path.write_text(json.dumps(content, indent=2) + "\n")

@@ -1,0 +1,402 @@
+"""How much of what a model can recall survives a policy, at equal held share.
+
+    python -m vllm_kvcompress.bench.policy_sweep
+
+The demo model reads each prompt once with its full cache; then every policy chooses what to keep
+as the engine would, and the answer is read off what is left: the kept tokens of each (layer, KV
+head), the tail, and the answer's own tokens. An answer counts when all its tokens are the most
+likely ones; that is what greedy decoding produces, token by token, if and only if it is right.
+All policies and the full cache answer the same prompts.
+"""
+
+import argparse
+import json
+import platform
+import random
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from tqdm import tqdm
+from transformers import AutoTokenizer, LlamaForCausalLM
+from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
+from transformers.utils import logging
+
+from vllm_kvcompress import accounting
+from vllm_kvcompress.bench.demo_model.language import (
+    Task,
+    many_facts_task,
+    needle_task,
+    span_task,
+)
+from vllm_kvcompress.config import Preset, load_preset, shipped_presets
+from vllm_kvcompress.policy import Observation, Policy, build
+
+MODEL = Path(accounting.__file__).parent / "demo_model"
+FACTS = 16
+TASKS: dict[str, Callable[[random.Random, int], Task]] = {
+    "needle": lambda rng, n: needle_task(rng, n, rng.random()),
+    "many_facts": lambda rng, n: many_facts_task(rng, n, FACTS),
+    "span": lambda rng, n: span_task(rng, n, rng.random()),
+}
+
+
+@dataclass(frozen=True)
+class Case:
+    """One way to compress: a preset's policy at a rate and a block size."""
+
+    preset: Preset
+    policy: Policy
+    rate: float
+    block_tokens: int
+
+    @property
+    def name(self) -> str:
+        return self.preset.name
+
+
+@dataclass
+class Result:
+    """What one case kept of one task, over all prompts; `full_right` is the full cache's."""
+
+    preset: str
+    task: str
+    prompt_tokens: int
+    block_tokens: int
+    rate: float
+    held_share: float
+    prompts: int
+    right: int
+    full_right: int
+    lost: int  # right with the full cache, wrong with this
+
+    @property
+    def accuracy(self) -> float:
+        return self.right / self.prompts
+
+    @property
+    def of_full(self) -> float:
+        return self.right / self.full_right if self.full_right else float("nan")
+
+
+@dataclass(frozen=True)
+class Reading:
+    """A prompt as the model has read it: logits of its end, and per layer queries, keys, values.
+
+    queries `[n, H, G, D]`, keys and values `[H, n, D]`, all after RoPE where it applies.
+    """
+
+    last_logits: Tensor
+    queries: list[Tensor]
+    keys: list[Tensor]
+    values: list[Tensor]
+
+
+class Reader:
+    """The demo model, run layer by layer so that every head can see tokens of its own."""
+
+    def __init__(self, folder: Path) -> None:
+        self.tokenizer = AutoTokenizer.from_pretrained(folder)
+        self.model = LlamaForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+        shape = self.model.config
+        self.heads, self.size = shape.num_key_value_heads, shape.head_dim
+        self.group = shape.num_attention_heads // self.heads
+        self.scale = self.size**-0.5
+
+    def encode(self, task: Task) -> tuple[Tensor, Tensor]:
+        """Token ids of prompt `[n]` and answer `[a]`."""
+        if task.form == "chat":
+            turn = [{"role": "user", "content": task.prompt}]
+            text = self.tokenizer.apply_chat_template(
+                turn, tokenize=False, add_generation_prompt=True
+            )
+        else:
+            text = self.tokenizer.bos_token + task.prompt
+        ids = self.tokenizer(text, add_special_tokens=False).input_ids
+        answer = self.tokenizer(" " + task.answer, add_special_tokens=False).input_ids
+        return torch.tensor(ids), torch.tensor(answer)
+
+    def read(self, ids: Tensor) -> Reading:
+        """Read a prompt `[n]` with the full cache."""
+        queries, keys, values = [], [], []
+
+        def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+            queries.append(q[0].permute(2, 0, 1, 3))
+            keys.append(k[0])
+            values.append(v[0])
+            many = (k.repeat_interleave(self.group, 1), v.repeat_interleave(self.group, 1))
+            return F.scaled_dot_product_attention(q.flatten(1, 2), *many, is_causal=True)
+
+        logits = self._forward(ids.unsqueeze(0), torch.arange(len(ids)), attend)
+        return Reading(logits[0, -1], queries, keys, values)
+
+    def answers_right(self, reading: Reading, answer: Tensor, seen: Tensor) -> Tensor:
+        """Which of C caches yield the answer; bool `[C]`.
+
+        Args:
+            answer: ids `[a]`.
+            seen: bool `[C, L, H, n]`, the prompt tokens that each (layer, KV head) still holds.
+        """
+        count, n, a = len(seen), seen.shape[-1], len(answer)
+        if reading.last_logits.argmax() != answer[0]:
+            return torch.zeros(count, dtype=torch.bool)
+        if a == 1:
+            return torch.ones(count, dtype=torch.bool)
+        future = torch.ones(a - 1, a - 1, dtype=torch.bool).triu(1)
+
+        def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+            rows = q.permute(1, 0, 2, 3, 4).flatten(1, 3)  # [H, C*G*a, D]
+            old = torch.bmm(rows, reading.keys[layer].transpose(1, 2))
+            old = old.view(self.heads, count, self.group * (a - 1), n)
+            gone = ~seen[:, layer].transpose(0, 1).unsqueeze(2)  # [H, C, 1, n]
+            old.masked_fill_(gone, -torch.inf)
+            new = (q @ k.transpose(-1, -2).unsqueeze(2)).masked_fill_(future, -torch.inf)
+            new = new.permute(1, 0, 2, 3, 4).reshape(self.heads, count, -1, a - 1)
+            paid = torch.cat([old, new], dim=-1).mul_(self.scale).softmax(dim=-1)
+            out = torch.bmm(paid[..., :n].flatten(1, 2), reading.values[layer])
+            out = out.view(self.heads, count, -1, self.size)
+            out += paid[..., n:] @ v.transpose(0, 1)
+            out = out.view(self.heads, count, self.group, a - 1, self.size)
+            return out.permute(1, 0, 2, 3, 4).flatten(1, 2)
+
+        ids = answer[:-1].expand(count, a - 1)
+        logits = self._forward(ids, torch.arange(n, n + a - 1), attend)
+        return (logits.argmax(dim=-1) == answer[1:]).all(dim=-1)
+
+    @torch.inference_mode()
+    def _forward(
+        self,
+        ids: Tensor,
+        positions: Tensor,
+        attend: Callable[[int, Tensor, Tensor, Tensor], Tensor],
+    ) -> Tensor:
+        """Logits `[C, t, vocabulary]`.
+
+        `attend(layer, q [C, H, G, t, D], k [C, H, t, D], v [C, H, t, D]) -> [C, H*G, t, D]`.
+        """
+        core = self.model.model
+        hidden = core.embed_tokens(ids)
+        cos, sin = core.rotary_emb(hidden, positions.unsqueeze(0))
+        for number, layer in enumerate(core.layers):
+            normed = layer.input_layernorm(hidden)
+            split = (*normed.shape[:2], -1, self.size)
+            attention = layer.self_attn
+            q = attention.q_proj(normed).view(split).transpose(1, 2)
+            k = attention.k_proj(normed).view(split).transpose(1, 2)
+            v = attention.v_proj(normed).view(split).transpose(1, 2)
+            q, k = apply_rotary_pos_emb(q, k, cos, sin)
+            grouped = q.reshape(len(ids), self.heads, self.group, -1, self.size)
+            out = attend(number, grouped, k, v).transpose(1, 2).flatten(2)
+            hidden = hidden + attention.o_proj(out)
+            hidden = hidden + layer.mlp(layer.post_attention_layernorm(hidden))
+        return self.model.lm_head(core.norm(hidden))
+
+
+def kept_tokens(case: Case, scores: Tensor) -> tuple[Tensor, float]:
+    """What the engine would hold: bool `[L, H, n]` with the tail, and the held share.
+
+    `scores` are those of the case's own scorer, `[L, H, n]`.
+    """
+    layers, heads, n = scores.shape
+    block = case.block_tokens
+    settings = case.preset.settings(rate=case.rate, budget_tokens=None)
+    plan = accounting.plan(n, block, 1 << 30, settings)
+    seen = torch.ones(layers, heads, n, dtype=torch.bool)
+    if plan.first_point != n:
+        return seen, 1.0
+    full = n // block * block
+    sinks, recent = accounting.protected_tokens(n, block, settings)
+    total = plan.arena_blocks * layers * heads
+    kept = case.policy.keep(scores[..., :full], total, block, sinks, recent)
+    body = torch.zeros(layers * heads * full, dtype=torch.bool)
+    body[kept.indices] = True
+    seen[..., :full] = body.view(layers, heads, full)
+    return seen, accounting.held_share(n, block, plan)
+
+
+def score(case: Case, reading: Reading, scale: float) -> Tensor:
+    """The case's scores of a prompt, f32 `[L, H, n]`."""
+    n = reading.keys[0].shape[1]
+    window = min(case.preset.window_tokens, n)
+    observed = zip(reading.queries, reading.keys, reading.values, strict=True)
+    return torch.stack(
+        [
+            case.policy.scorer.score(
+                Observation(
+                    queries=queries[-window:],
+                    query_positions=torch.arange(n - window, n),
+                    keys=keys,
+                    values=values,
+                    positions=torch.arange(n),
+                    valid=None,
+                    scale=scale,
+                ),
+                layer,
+            )
+            for layer, (queries, keys, values) in enumerate(observed)
+        ]
+    )
+
+
+def sweep(
+    reader: Reader,
+    cases: Sequence[Case],
+    tasks: Iterable[str],
+    prompt_tokens: int,
+    prompts: int,
+    seed: int = 0,
+) -> list[Result]:
+    """Ask every case the same prompts; a bar shows how far it is."""
+    results: list[Result] = []
+    by_name = {case.name: case for case in cases}
+    for task in tasks:
+        mine = [
+            Result(c.name, task, prompt_tokens, c.block_tokens, c.rate, 0.0, prompts, 0, 0, 0)
+            for c in cases
+        ]
+        rng = random.Random(f"{seed} {task} {prompt_tokens}")
+        for _ in tqdm(range(prompts), desc=f"{task} {prompt_tokens}", unit="prompt"):
+            ids, answer = reader.encode(TASKS[task](rng, prompt_tokens))
+            reading = reader.read(ids)
+            scores = {name: score(c, reading, reader.scale) for name, c in by_name.items()}
+            kept = [kept_tokens(case, scores[case.name]) for case in cases]
+            seen, shares = zip(*kept, strict=True)
+            everything = torch.ones_like(seen[0])
+            full, *right = _in_parts(reader, reading, answer, [everything, *seen])
+            for result, ok, share in zip(mine, right, shares, strict=True):
+                result.right += ok
+                result.full_right += full
+                result.lost += full and not ok
+                result.held_share += share / prompts
+        results += mine
+    return results
+
+
+def _in_parts(
+    reader: Reader, reading: Reading, answer: Tensor, seen: list[Tensor], size: int = 32
+) -> Iterator[bool]:
+    for start in range(0, len(seen), size):
+        part = torch.stack(seen[start : start + size])
+        yield from reader.answers_right(reading, answer, part).tolist()
+
+
+def make_cases(
+    presets: Iterable[Preset], rates: Iterable[float], block_sizes: Iterable[int]
+) -> list[Case]:
+    rates, block_sizes = list(rates), list(block_sizes)
+    return [
+        Case(preset, build(preset), rate, block)
+        for preset in presets
+        for block in block_sizes
+        for rate in rates
+    ]
+
+
+def table(results: Sequence[Result]) -> str:
+    """Markdown, one row per preset and block size, one column per rate."""
+    rates = sorted({r.rate for r in results})
+    lines = []
+    for task in dict.fromkeys(r.task for r in results):
+        of_task = [r for r in results if r.task == task]
+        first = of_task[0]
+        lines += [
+            f"{task}, {first.prompt_tokens} tokens, {first.prompts} prompts, "
+            f"full cache {first.full_right / first.prompts:.3f}",
+            "",
+            "| preset | B | " + " | ".join(f"{rate:g}x" for rate in rates) + " |",
+            "|---|---|" + "---|" * len(rates),
+        ]
+        for preset, block in dict.fromkeys((r.preset, r.block_tokens) for r in of_task):
+            row = {
+                r.rate: f"{r.accuracy:.3f} ({r.held_share:.3f})"
+                for r in of_task
+                if (r.preset, r.block_tokens) == (preset, block)
+            }
+            lines.append(f"| {preset} | {block} | " + " | ".join(row[r] for r in rates) + " |")
+        lines.append("")
+    return "\n".join(lines)
+
+
+def plot(results: Sequence[Result], path: Path) -> None:
+    """Accuracy over held share, a panel per task and block size."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    tasks = list(dict.fromkeys(r.task for r in results))
+    blocks = sorted({r.block_tokens for r in results})
+    figure, grid = pyplot.subplots(
+        len(blocks), len(tasks), figsize=(4 * len(tasks), 3.4 * len(blocks)), squeeze=False
+    )
+    for row, block in zip(grid, blocks, strict=True):
+        for axes, task in zip(row, tasks, strict=True):
+            here = [r for r in results if (r.task, r.block_tokens) == (task, block)]
+            for preset in dict.fromkeys(r.preset for r in here):
+                line = sorted((r.held_share, r.accuracy) for r in here if r.preset == preset)
+                axes.plot(*zip(*line, strict=True), marker="o", markersize=3, label=preset)
+            axes.axhline(here[0].full_right / here[0].prompts, color="grey", linestyle=":")
+            axes.set_xscale("log", base=2)
+            axes.set(title=f"{task}, B = {block}", xlabel="held share", ylim=(-0.03, 1.03))
+    grid[0][0].set_ylabel("exact match")
+    grid[0][-1].legend(fontsize=7)
+    figure.tight_layout()
+    figure.savefig(path, dpi=120)
+    pyplot.close(figure)
+
+
+def find_preset(name_or_file: str) -> Preset:
+    shipped = shipped_presets()
+    return shipped[name_or_file] if name_or_file in shipped else load_preset(name_or_file)
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description="Exact match per policy, rate and block size.")
+    parser.add_argument("--preset", action="append", help="name or YAML file; default: all shipped")
+    parser.add_argument("--rate", type=float, nargs="+", default=[2, 4, 8, 16])
+    parser.add_argument("--block", type=int, nargs="+", default=[16, 32])
+    parser.add_argument("--task", nargs="+", choices=TASKS, default=list(TASKS))
+    parser.add_argument("--tokens", type=int, nargs="+", default=[1024])
+    parser.add_argument("--prompts", type=int, default=300, help="per task and length")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--model", type=Path, default=MODEL)
+    parser.add_argument("--json", type=Path, help="write all results there")
+    parser.add_argument("--plot", type=Path, help="write a PNG there; needs matplotlib")
+    args = parser.parse_args(arguments)
+    torch.set_num_threads(args.threads)
+    try:
+        # Recompression while decoding does not show in answers this short.
+        names = args.preset or [n for n, p in shipped_presets().items() if not p.continual]
+        cases = make_cases(map(find_preset, names), args.rate, args.block)
+    except ValueError as error:
+        parser.error(str(error))
+    logging.disable_progress_bar()
+    logging.set_verbosity_error()
+    reader = Reader(args.model)
+    results: list[Result] = []
+    for tokens in args.tokens:
+        done = sweep(reader, cases, args.task, tokens, args.prompts, args.seed)
+        print("\n" + table(done), flush=True)
+        results += done
+    if args.json:
+        args.json.write_text(json.dumps(report(results, args), indent=1) + "\n")
+    if args.plot:
+        plot(results, args.plot)
+
+
+def report(results: Sequence[Result], args: argparse.Namespace) -> dict[str, Any]:
+    return {
+        "machine": f"{platform.machine()}, {args.threads} thread(s)",
+        "torch": torch.__version__,
+        "seed": args.seed,
+        "results": [asdict(r) | {"accuracy": r.accuracy, "of_full": r.of_full} for r in results],
+    }
+
+
+if __name__ == "__main__":
+    main()

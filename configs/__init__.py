@@ -1,0 +1,1 @@
+"""Presets: one YAML file each, read by `vllm_kvcompress.config`."""

@@ -1,0 +1,255 @@
+"""What a user can set: presets (`configs/*.yaml`), the engine's settings, a request's knobs.
+
+Everything typed by a user is checked here, and every refusal is a `ValueError` that says what
+was asked, what is allowed and how to mend it.
+"""
+
+from collections.abc import Mapping
+from functools import cache
+from importlib import resources
+from pathlib import Path
+from typing import Any, TypeGuard
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from vllm_kvcompress.accounting import Settings
+
+OFF = "off"
+DEFAULT_PRESET = "kv-compress"
+MAX_RATE = 1024
+REQUEST_PREFIX = "kv_compress"
+REQUEST_KEYS = ("kv_compress", "kv_compress_rate", "kv_compress_budget")
+
+
+class _Model(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+
+
+class Component(BaseModel):
+    """A scorer, allocator or selector by its registered name; other keys are its parameters."""
+
+    model_config = ConfigDict(extra="allow", frozen=True)
+    name: str
+
+    @property
+    def params(self) -> dict[str, Any]:
+        return dict(self.model_extra or {})
+
+
+class Preset(_Model):
+    """One way to compress: who scores, who allocates, who selects, and the numbers."""
+
+    name: str = Field(pattern=r"^[a-z0-9][a-z0-9._-]{0,63}$")
+    description: str = ""
+    scorer: Component
+    allocator: Component
+    selector: Component = Component(name="top-k")
+    rate: float = Field(default=8.0, ge=1, le=MAX_RATE)
+    budget_tokens: int | None = Field(default=None, ge=1, le=2**31)
+    window_tokens: int = Field(default=16, ge=1, le=1024)
+    sink_tokens: int = Field(default=0, ge=0, le=4096)
+    recent_tokens: int = Field(default=0, ge=0, le=4096)
+    continual: bool = False
+    continual_slack_blocks: int = Field(default=4, ge=1, le=1024)
+
+    @model_validator(mode="after")
+    def _off_is_reserved(self) -> "Preset":
+        if self.name == OFF:
+            raise ValueError(f"{OFF!r} means no compression and cannot name a preset")
+        return self
+
+    def settings(self, **changes: Any) -> Settings:
+        """The numbers of this preset as the arithmetic wants them."""
+        fields = dict(
+            preset=self.name,
+            rate=self.rate,
+            budget_tokens=self.budget_tokens,
+            window_tokens=self.window_tokens,
+            sink_tokens=self.sink_tokens,
+            recent_tokens=self.recent_tokens,
+            continual=self.continual,
+            continual_slack_blocks=self.continual_slack_blocks,
+        )
+        return Settings(**{**fields, **changes})
+
+
+class EngineConfig(_Model):
+    """`additional_config["kv_compress"]`, checked.
+
+    preset: what a request gets that names none: a shipped preset, or one of `presets`, or
+        "off" (compress only the requests that ask for it).
+    presets: further presets by name, for instance the file given to `--kv-compress`.
+    test_force_arena: for tests only; sends every prompt through an arena, even at rate 1.
+    """
+
+    preset: str = DEFAULT_PRESET
+    presets: dict[str, Preset] = Field(default_factory=dict)
+    test_force_arena: bool = False
+
+    @model_validator(mode="after")
+    def _preset_exists(self) -> "EngineConfig":
+        if self.preset != OFF and self.preset not in self.known_presets():
+            raise ValueError(unknown_preset(self.preset, self.known_presets()))
+        return self
+
+    def known_presets(self) -> dict[str, Preset]:
+        return {**shipped_presets(), **self.presets}
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data, equal after `parse_engine_config`: what travels to every process."""
+        return self.model_dump(mode="json", exclude_defaults=True) | {"preset": self.preset}
+
+    def request_settings(self, xargs: Mapping[str, Any] | None, max_tokens: int) -> Settings | None:
+        """Resolve a request's knobs to its settings; None means it is not compressed.
+
+        Args:
+            xargs: the request's `vllm_xargs` (`SamplingParams.extra_args`); keys of other
+                extensions pass.
+            max_tokens: the largest budget allowed, the model's context length.
+
+        Raises:
+            ValueError: naming the key, the value and what is allowed.
+        """
+        knobs = {k: v for k, v in (xargs or {}).items() if k.startswith(REQUEST_PREFIX)}
+        for key in knobs:
+            if key not in REQUEST_KEYS and (key.startswith(REQUEST_PREFIX + "_")):
+                raise ValueError(
+                    f"{shorten(key)} is not a knob of kv-compress; known: {', '.join(REQUEST_KEYS)}"
+                )
+        changes: dict[str, Any] = {"force_arena": self.test_force_arena}
+        name = knobs.get("kv_compress", self.preset)
+        presets = self.known_presets()
+        if not isinstance(name, str) or (name != OFF and name not in presets):
+            raise ValueError("kv_compress: " + unknown_preset(name, presets))
+        rate, budget = knobs.get("kv_compress_rate"), knobs.get("kv_compress_budget")
+        if rate is not None and budget is not None:
+            raise ValueError(
+                "kv_compress_rate and kv_compress_budget exclude each other: give one of them "
+                f"(got {shorten(rate)} and {shorten(budget)})"
+            )
+        if "kv_compress_rate" in knobs:
+            if not _is_number(rate) or not 1 <= rate <= MAX_RATE:
+                raise ValueError(
+                    f"kv_compress_rate={shorten(rate)} is not allowed: give a number from 1 "
+                    f"(keep everything) to {MAX_RATE} (keep a {MAX_RATE}th)"
+                )
+            changes |= {"rate": float(rate), "budget_tokens": None}
+        if "kv_compress_budget" in knobs:
+            if not _is_number(budget) or not 1 <= budget <= max_tokens or budget != int(budget):
+                raise ValueError(
+                    f"kv_compress_budget={shorten(budget)} is not allowed: give a whole number of "
+                    f"tokens from 1 to {max_tokens}"
+                )
+            changes |= {"budget_tokens": int(budget)}
+        return None if name == OFF else presets[name].settings(**changes)
+
+    def settings_or_off(self, xargs: Mapping[str, Any] | None) -> Settings | None:
+        """As `request_settings`, for where an error can no longer be told to anybody.
+
+        Scheduler and workers resolve the same request alike, also one that came past the
+        validation at admission.
+        """
+        try:
+            return self.request_settings(xargs, max_tokens=2**31)
+        except ValueError:
+            return None
+
+
+def parse_engine_config(raw: Any) -> EngineConfig:
+    """Check `additional_config["kv_compress"]`: True, a preset's name, or a mapping.
+
+    In a mapping, every field of a preset may stand beside `preset` and overrides it there.
+    """
+    if raw is True:
+        raw = {}
+    if isinstance(raw, str):
+        raw = {"preset": raw}
+    if not isinstance(raw, Mapping):
+        raise ValueError(
+            "kv_compress must be true, a preset's name or a mapping such as "
+            f'{{"preset": "{DEFAULT_PRESET}", "rate": 8}}, not {shorten(raw)}'
+        )
+    own = {k: v for k, v in raw.items() if k in EngineConfig.model_fields}
+    overrides = {k: v for k, v in raw.items() if k not in own}
+    try:
+        config = EngineConfig(**own)
+        if not overrides:
+            return config
+        if config.preset == OFF:
+            raise ValueError(
+                f"{', '.join(overrides)} would override a preset, but the preset is {OFF!r}"
+            )
+        unknown = sorted(set(overrides) - set(Preset.model_fields) - {"name"})
+        if unknown:
+            allowed = [*EngineConfig.model_fields, *Preset.model_fields]
+            raise ValueError(
+                f"unknown key {shorten(unknown[0])}; known: {', '.join(sorted(set(allowed)))}"
+            )
+        base = config.known_presets()[config.preset].model_dump()
+        preset = Preset(**{**base, **overrides})
+        return EngineConfig(**{**own, "presets": {**config.presets, preset.name: preset}})
+    except ValidationError as error:
+        raise ValueError(f"kv_compress: {first_problem(error)}") from None
+
+
+@cache
+def shipped_presets() -> dict[str, Preset]:
+    """The presets of `configs/`, by name."""
+    files = resources.files("vllm_kvcompress.configs").iterdir()
+    named = sorted((f for f in files if f.name.endswith(".yaml")), key=lambda f: f.name)
+    presets = [_parse_preset(f.read_text(), f.name) for f in named]
+    return {preset.name: preset for preset in presets}
+
+
+def load_preset(path: str | Path) -> Preset:
+    """Read a preset from a YAML file.
+
+    Raises:
+        ValueError: the file cannot be read, or is no preset; one line that says why.
+    """
+    try:
+        text = Path(path).read_text()
+    except (OSError, UnicodeDecodeError) as error:
+        reason = getattr(error, "strerror", None) or "it is not text"
+        raise ValueError(f"cannot read preset file {path}: {reason}") from None
+    return _parse_preset(text, str(path))
+
+
+def _parse_preset(text: str, where: str) -> Preset:
+    try:
+        data = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        problem = " ".join(str(error).split())
+        raise ValueError(f"{where} is not valid YAML: {problem}") from None
+    if not isinstance(data, dict):
+        raise ValueError(f"{where} is no preset: a mapping with name, scorer, allocator is wanted")
+    try:
+        return Preset(**data)
+    except (ValidationError, TypeError) as error:
+        problem = first_problem(error) if isinstance(error, ValidationError) else str(error)
+        raise ValueError(f"{where} is no preset: {problem}") from None
+
+
+def unknown_preset(name: Any, presets: Mapping[str, Preset]) -> str:
+    return f"unknown preset {shorten(name)}; known: {', '.join([OFF, *sorted(presets)])}"
+
+
+def first_problem(error: ValidationError) -> str:
+    """The first thing wrong, as `key: message (got value)`."""
+    problem = error.errors()[0]
+    key = ".".join(str(part) for part in problem["loc"])
+    message = problem["msg"].removeprefix("Value error, ")
+    return f"{key}: {message} (got {shorten(problem['input'])})" if key else message
+
+
+def shorten(value: Any, limit: int = 80) -> str:
+    """`repr(value)`, cut so that an error never echoes a novel."""
+    if isinstance(value, str) and len(value) > limit:
+        return f"{value[:limit]!r}... ({len(value)} characters)"
+    text = repr(value)
+    return text if len(text) <= limit else f"{text[:limit]}... ({len(text)} characters)"
+
+
+def _is_number(value: Any) -> TypeGuard[int | float]:
+    return isinstance(value, int | float) and not isinstance(value, bool)

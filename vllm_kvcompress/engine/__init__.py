@@ -1,0 +1,1 @@
+"""WHEN it happens: the scheduler, the worker and the attention backends of vLLM, extended."""

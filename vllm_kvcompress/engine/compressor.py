@@ -1,0 +1,284 @@
+"""The worker's part: watch the steps go by, keep windows aside, compress when a point is due.
+
+Knows vLLM only by the `SchedulerOutput` it is shown; what the model runner holds comes in as
+arguments, so that another runner needs another caller and nothing here.
+"""
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+from vllm.utils import length_from_prompt_token_ids_or_embeds
+from vllm.v1.core.sched.output import NewRequestData, SchedulerOutput
+
+from vllm_kvcompress import accounting
+from vllm_kvcompress.accounting import Plan, Settings
+from vllm_kvcompress.config import EngineConfig
+from vllm_kvcompress.engine.batch import HeadBatch
+from vllm_kvcompress.engine.windows import Capture, QueryWindow
+from vllm_kvcompress.paging.pool import PagePool
+from vllm_kvcompress.paging.tables import PageTables
+from vllm_kvcompress.policy.observation import Observation
+from vllm_kvcompress.policy.policy import Policy
+from vllm_kvcompress.policy.registry import build
+
+BlockIds = Callable[[str], list[int]]
+"""Natural block ids of a request, as the model runner knows them."""
+
+
+@dataclass(slots=True)
+class _Request:
+    plan: Plan
+    settings: Settings
+    window: QueryWindow | None = None
+    positions: Tensor | None = None  # int64 [K*L*H*B] of the arena's tokens, if compressed again
+
+
+@dataclass(frozen=True, slots=True)
+class _Due:
+    request_id: str
+    point: int
+    arena_blocks: Tensor  # int64 [K]
+
+
+@dataclass(frozen=True, slots=True)
+class _Candidates:
+    """What a compression chooses from, per layer and head.
+
+    pages: int64 `[L, H, P]`; positions: int64 `[n]` or `[L, H, P*B]`.
+    valid: bool `[L, H, P*B]`, or None when all candidates are.
+    """
+
+    pages: Tensor
+    positions: Tensor
+    valid: Tensor | None
+
+
+class Compressor:
+    """Compresses the requests of one worker.
+
+    Args:
+        pool: the worker's pages.
+        scale: the model's softmax scale.
+    """
+
+    def __init__(self, config: EngineConfig, pool: PagePool, scale: float) -> None:
+        self.pool = pool
+        self.tables = PageTables(pool)
+        self.seconds: list[float] = []
+        self._config = config
+        self._scale = scale
+        self._policies: dict[str, Policy] = {}
+        self._requests: dict[str, _Request] = {}
+        self._due: list[_Due] = []
+        self._passing: dict[str, tuple[int, int]] = {}  # step's (first token, count) per window
+        self._in_step = False
+
+    # Before the runner sees the step
+
+    def begin_step(self, step: SchedulerOutput) -> None:
+        """Follow the scheduler's news and take the arenas off the new block ids."""
+        for request_id in step.finished_req_ids:
+            self.tables.remove(request_id)
+            self._requests.pop(request_id, None)
+        for request_id in step.preempted_req_ids or ():
+            self._reset(request_id)
+        self._in_step = True
+        self._due.clear()
+        self._passing.clear()
+        for new in step.scheduled_new_reqs:
+            self._enter(new)
+            if new.req_id in self._requests:
+                (blocks,) = new.block_ids
+                count = step.num_scheduled_tokens[new.req_id]
+                kept = self._schedule(new.req_id, new.num_computed_tokens, count, blocks)
+                new.block_ids = (kept,)
+        cached = step.scheduled_cached_reqs
+        for index, request_id in enumerate(cached.req_ids):
+            if request_id not in self._requests:
+                continue
+            if request_id in cached.resumed_req_ids:
+                self._reset(request_id)
+            ids = cached.new_block_ids[index]
+            blocks = ids[0] if ids is not None else []
+            first, count = cached.num_computed_tokens[index], step.num_scheduled_tokens[request_id]
+            kept = self._schedule(request_id, first, count, blocks)
+            if len(kept) != len(blocks):
+                cached.new_block_ids[index] = (kept,) if kept else None
+
+    def _enter(self, new: NewRequestData) -> None:
+        params = new.sampling_params
+        settings = self._config.settings_or_off(params.extra_args) if params else None
+        if settings is None:
+            return
+        prompt_tokens = length_from_prompt_token_ids_or_embeds(
+            new.prompt_token_ids, new.prompt_embeds
+        )
+        pool = self.pool
+        plan = accounting.plan(prompt_tokens, pool.page_tokens, pool.num_blocks, settings)
+        if plan.first_point is not None:
+            self._requests[new.req_id] = _Request(plan, settings)
+
+    def _reset(self, request_id: str) -> None:
+        """A preempted request holds nothing: it will be computed and compressed again."""
+        self.tables.remove(request_id)
+        if request := self._requests.get(request_id):
+            request.window = request.positions = None
+
+    def _schedule(self, request_id: str, first: int, count: int, blocks: list[int]) -> list[int]:
+        """Note what this step means for a request; returns its natural new blocks."""
+        request = self._requests[request_id]
+        point = request.plan.next_point(first)
+        if point is None:
+            return blocks
+        last_point = request.plan.last_point(first) or 0
+        window_start = max(last_point, point - request.settings.window_tokens)
+        if first + count > window_start and self._policy(request.settings).scorer.needs_queries:
+            if request.window is None:
+                layers = self.pool.num_layers
+                request.window = QueryWindow(layers, window_start, point)
+            self._passing[request_id] = (first, count)
+        if first + count < point:
+            return blocks
+        arena = request.plan.arena_blocks
+        self._due.append(_Due(request_id, point, torch.tensor(blocks[-arena:])))
+        return blocks[:-arena]
+
+    def _policy(self, settings: Settings) -> Policy:
+        policy = self._policies.get(settings.preset)
+        if policy is None:
+            policy = build(self._config.known_presets()[settings.preset])
+            self._policies[settings.preset] = policy
+        return policy
+
+    # While the runner prepares and runs the step
+
+    def lay_out(
+        self,
+        request_ids: Sequence[str],
+        query_start: np.ndarray,
+        seq_lens: np.ndarray,
+        block_ids: BlockIds,
+    ) -> tuple[HeadBatch | None, list[Capture]]:
+        """What attention needs to know of a step's batch.
+
+        Args:
+            request_ids: the batch's requests, row by row.
+            query_start: int `[num_reqs + 1]` first token of each row.
+            seq_lens: int `[num_reqs]` tokens of each once the step is done.
+
+        Returns:
+            The compressed requests as a batch of heads, None when there are none; and the
+            queries to keep aside. Outside a step (a dummy run) there is neither.
+        """
+        captures: list[Capture] = []
+        if not self._in_step:
+            return None, captures
+        if self._passing:
+            for row, request_id in enumerate(request_ids):
+                if span := self._passing.get(request_id):
+                    window = self._requests[request_id].window
+                    capture = window.capture(*span, int(query_start[row])) if window else None
+                    captures += [capture] if capture else []
+        if not len(self.tables):
+            return None, captures
+        slot_of = self.tables.slot
+        slots = [(row, slot) for row, id_ in enumerate(request_ids) if (slot := slot_of(id_)) is not None]
+        if not slots:
+            return None, captures
+        slots.sort(key=lambda pair: pair[1])
+        rows = [row for row, _ in slots]
+        natural = [block_ids(request_ids[row]) for row in rows]
+        ends = seq_lens[rows].astype(np.int64)
+        return HeadBatch.build(self.tables, slots, query_start, ends, natural), captures
+
+    # After the forward pass
+
+    def finish_step(self, block_ids: BlockIds) -> None:
+        """Compress the requests whose point this step has reached."""
+        self._in_step = False
+        for due in self._due:
+            began = time.perf_counter()
+            self._compress(due, block_ids(due.request_id))
+            self.seconds.append(time.perf_counter() - began)
+        self._due.clear()
+
+    def _compress(self, due: _Due, natural: list[int]) -> None:
+        request = self._requests[due.request_id]
+        settings, pool = request.settings, self.pool
+        full_tokens = request.plan.tail_start_block(due.point) * pool.page_tokens
+        candidates = self._candidates(due, request, natural)
+        policy = self._policy(settings)
+        scores = self._score(policy, due, request, candidates)
+        if candidates.valid is None:
+            scores = scores[..., :full_tokens]
+        sinks, recent = accounting.protected_tokens(due.point, pool.page_tokens, settings)
+        total_pages = len(due.arena_blocks) * pool.pages_per_block
+        kept = policy.keep(
+            scores, total_pages, pool.page_tokens, sinks, recent, candidates.valid
+        )
+        lanes, tokens = kept.indices // scores.shape[-1], kept.indices % scores.shape[-1]
+        pages = candidates.pages.flatten(0, 1)[lanes, tokens // pool.page_tokens]
+        targets = pool.block_pages(due.arena_blocks)
+        pool.copy_tokens(pages * pool.page_tokens + tokens % pool.page_tokens, targets)
+        if request.plan.slack_blocks is not None:
+            where = candidates.positions
+            request.positions = where[tokens] if where.dim() == 1 else where.flatten()[kept.indices]
+        self.tables.put(due.request_id, kept.pages, targets, full_tokens)
+        request.window = None
+
+    def _candidates(self, due: _Due, request: _Request, natural: list[int]) -> _Candidates:
+        pool = self.pool
+        blocks = torch.tensor(natural[: accounting.ceil_div(due.point, pool.page_tokens)])
+        if self.tables.slot(due.request_id) is None:
+            return _Candidates(pool.page_ids(blocks), torch.arange(due.point), None)
+        assert request.plan.slack_blocks is not None and request.positions is not None
+        tail_blocks = request.plan.slack_blocks
+        tail = pool.page_ids(blocks[-tail_blocks:])
+        counts, arena = self.tables.arena(due.request_id)
+        width = arena.shape[-1] + tail_blocks
+        pages = torch.zeros((*arena.shape[:2], width), dtype=torch.int64)
+        pages[..., : arena.shape[-1]] = arena
+        pages.scatter_(2, counts[..., None] + torch.arange(tail_blocks), tail)
+        column = torch.arange(width * pool.page_tokens)
+        kept_tokens = counts[..., None] * pool.page_tokens
+        tail_tokens = tail_blocks * pool.page_tokens
+        positions = due.point - tail_tokens + column - kept_tokens
+        positions.masked_scatter_(column < kept_tokens, request.positions)
+        return _Candidates(pages, positions, column < kept_tokens + tail_tokens)
+
+    def _score(
+        self, policy: Policy, due: _Due, request: _Request, candidates: _Candidates
+    ) -> Tensor:
+        """f32 `[L, H, n]` of all candidates, the partly filled block's tokens included."""
+        pool, scorer = self.pool, policy.scorer
+        heads, size = pool.num_heads, pool.head_size
+        tokens = candidates.positions.shape[-1]
+        nothing = torch.empty(heads, tokens, 0)
+        none_asked = torch.empty(0, heads, 1, size)
+        scores = torch.empty(pool.num_layers, heads, tokens)
+        window, shared = request.window, candidates.positions.dim() == 1
+        for layer in range(pool.num_layers):
+            pages = candidates.pages[layer]
+            scores[layer] = scorer.score(
+                Observation(
+                    queries=window.layer(layer, heads) if window else none_asked,
+                    query_positions=window.positions() if window else torch.empty(0),
+                    keys=pool.keys(pages)[:, :tokens] if scorer.needs_keys else nothing,
+                    values=pool.values(pages)[:, :tokens] if scorer.needs_values else nothing,
+                    positions=candidates.positions if shared else candidates.positions[layer],
+                    valid=None if candidates.valid is None else candidates.valid[layer],
+                    scale=self._scale,
+                ),
+                layer,
+            )
+        return scores
+
+    def check_integrity(self) -> None:
+        """Raise unless every compressed request is known and no page is read by two heads."""
+        self.tables.check_integrity()
+        if stray := set(self.tables.requests()) - set(self._requests):
+            raise RuntimeError(f"{len(stray)} page tables belong to no request: {sorted(stray)[:3]}")

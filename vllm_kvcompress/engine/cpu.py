@@ -1,0 +1,182 @@
+"""vLLM's CPU attention, reading kept pages for compressed requests.
+
+Extends `vllm.v1.attention.backends.cpu_attn` and `vllm.v1.worker.cpu_worker.CPUWorker`.
+"""
+
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+from vllm import _custom_ops as ops
+from vllm import envs
+from vllm.v1.attention.backend import AttentionLayer, CommonAttentionMetadata
+from vllm.v1.attention.backends.cpu_attn import (
+    CPUAttentionBackend,
+    CPUAttentionBackendImpl,
+    CPUAttentionMetadata,
+    CPUAttentionMetadataBuilder,
+)
+from vllm.v1.attention.backends.registry import AttentionBackendEnum
+from vllm.v1.kv_cache_interface import AttentionSpec, KVCacheLayout
+from vllm.v1.worker.cpu_worker import CPUWorker
+
+from vllm_kvcompress.engine.batch import HeadBatch
+from vllm_kvcompress.engine.windows import Capture
+from vllm_kvcompress.engine.worker import PerHeadWorker, StepView
+from vllm_kvcompress.paging.pool import PageFormat, PagePool
+from vllm_kvcompress.paging.spec import per_head_spec
+
+
+@dataclass
+class PerHeadMetadata(CPUAttentionMetadata):
+    """vLLM's metadata, plus the step's compressed requests and the queries to keep aside."""
+
+    heads: HeadBatch | None = None
+    captures: list[Capture] = field(default_factory=list)
+
+
+class PerHeadMetadataBuilder(CPUAttentionMetadataBuilder):
+    """Builds vLLM's metadata; compressed rows get a stub there and a place in `heads`."""
+
+    step_view: StepView | None = None
+
+    def build(
+        self,
+        common_prefix_len: int,
+        common_attn_metadata: CommonAttentionMetadata,
+        fast_build: bool = False,
+    ) -> PerHeadMetadata:
+        heads, captures = None, []
+        if self.step_view is not None:
+            heads, captures = self.step_view.lay_out(common_attn_metadata)
+        common = common_attn_metadata
+        if heads is not None:
+            common = common.replace(seq_lens=_stubbed(common, heads.rows))
+        plain = super().build(common_prefix_len, common, fast_build)
+        return PerHeadMetadata(**vars(plain), heads=heads, captures=captures)
+
+
+def _stubbed(common: CommonAttentionMetadata, rows: Tensor) -> Tensor:
+    """Sequence lengths that let vLLM's kernel pass quickly over the compressed rows."""
+    seq_lens = common.seq_lens.clone()
+    starts = common.query_start_loc
+    seq_lens[rows] = (starts[rows + 1] - starts[rows]).to(seq_lens.dtype)
+    return seq_lens
+
+
+class PerHeadAttentionImpl(CPUAttentionBackendImpl):
+    """Attention of one layer; `bind` gives it the pool once the cache is allocated."""
+
+    pool: PagePool | None = None
+    pool_layer: int = 0
+
+    def bind(self, pool: PagePool, pool_layer: int) -> None:
+        self.pool, self.pool_layer = pool, pool_layer
+
+    def forward(
+        self,
+        layer: AttentionLayer,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        kv_cache: Tensor,
+        attn_metadata: CPUAttentionMetadata | None,
+        output: Tensor,
+        output_scale: Tensor | None = None,
+        output_block_scale: Tensor | None = None,
+    ) -> Tensor:
+        scales = (output_scale, output_block_scale)
+        if not isinstance(attn_metadata, PerHeadMetadata):
+            return super().forward(layer, query, key, value, kv_cache, attn_metadata, output, *scales)
+        for capture in attn_metadata.captures:
+            capture.take(self.pool_layer, query)
+        heads = attn_metadata.heads
+        if heads is None or len(heads.rows) < len(attn_metadata.seq_lens):
+            super().forward(layer, query, key, value, kv_cache, attn_metadata, output, *scales)
+        if heads is not None:
+            self._attend_per_head(layer, query, output, heads)
+        return output
+
+    def _attend_per_head(
+        self, layer: AttentionLayer, query: Tensor, output: Tensor, heads: HeadBatch
+    ) -> None:
+        """Overwrite the compressed rows of `output [T, Hq, D]`."""
+        assert self.pool is not None
+        group, size = self.num_queries_per_kv, self.head_size
+        per_head = (self.num_kv_heads, group)
+        queries = query.unflatten(1, per_head)[heads.tokens, heads.lanes]
+        attended = torch.empty_like(queries)
+        seq_lens = heads.seq_lens[self.pool_layer]
+        keys, values = self.pool.cache.view(-1, 1, 2 * self.pool.page_tokens, size).chunk(2, dim=2)
+        isa = layer.isa  # type: ignore[attr-defined]
+        schedule = ops.cpu_attn_get_scheduler_metadata(
+            num_reqs=len(seq_lens),
+            num_heads=group,
+            num_kv_heads=1,
+            head_dim=size,
+            seq_lens=seq_lens,
+            dtype=query.dtype,
+            query_start_loc=heads.query_start_loc,
+            causal=True,
+            sliding_window_size=-1,
+            isa=isa,
+            enable_kv_split=envs.VLLM_CPU_ATTN_SPLIT_KV,
+            kv_cache_dtype=self.kv_cache_dtype,
+        )
+        ops.cpu_attention_with_kv_cache(
+            query=queries,
+            key_cache=keys,
+            value_cache=values,
+            output=attended,
+            query_start_loc=heads.query_start_loc,
+            seq_lens=seq_lens,
+            scale=self.scale,
+            causal=True,
+            alibi_slopes=None,
+            sliding_window=-1,
+            block_table=heads.block_table(self.pool_layer),
+            softcap=self.logits_soft_cap,
+            scheduler_metadata=schedule,
+            s_aux=None,
+            kv_cache_dtype=self.kv_cache_dtype,
+        )
+        output.unflatten(1, per_head)[heads.tokens, heads.lanes] = attended
+
+
+class PerHeadCPUBackend(CPUAttentionBackend):
+    """Takes the place of `CPU_ATTN`, under its name."""
+
+    @classmethod
+    def supported_kv_cache_layouts(cls) -> tuple[KVCacheLayout, ...]:
+        return (KVCacheLayout.BLHNC,)
+
+    @classmethod
+    def customize_spec(cls, spec: AttentionSpec) -> AttentionSpec:
+        return per_head_spec(spec)
+
+    @staticmethod
+    def get_impl_cls() -> type[CPUAttentionBackendImpl]:
+        return PerHeadAttentionImpl
+
+    @staticmethod
+    def get_builder_cls() -> type[CPUAttentionMetadataBuilder]:
+        return PerHeadMetadataBuilder
+
+
+class KVCompressCPUWorker(PerHeadWorker, CPUWorker):
+    """`CPUWorker` with per-head compression."""
+
+    replaced_backend: ClassVar[Any] = AttentionBackendEnum.CPU_ATTN
+    backend: ClassVar[type[CPUAttentionBackend]] = PerHeadCPUBackend
+
+    def page_format(self, layer: AttentionLayer, cache: Tensor) -> PageFormat:
+        _, _, page_tokens, content = cache.shape
+
+        def write(keys: Tensor, values: Tensor, page: Tensor) -> None:
+            halves = page.view(1, 1, 2 * page_tokens, -1).chunk(2, dim=2)
+            slots = torch.arange(page_tokens)
+            isa = layer.isa  # type: ignore[attr-defined]
+            ops.cpu_attn_reshape_and_cache(keys, values, *halves, slots, isa)
+
+        return PageFormat.probe(write, page_tokens, content // 2, cache.dtype)

@@ -1,0 +1,115 @@
+"""The worker, for any platform: build the pool, show the compressor each step, time it.
+
+Extends vLLM's `Worker` by cooperative inheritance; a platform adds its attention backend
+(`engine/cpu.py`). The model runner (V1) is read, never changed: its rows and its block ids.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+from vllm.config import get_layers_from_vllm_config
+from vllm.model_executor.layers.attention import Attention
+from vllm.v1.attention import selector
+from vllm.v1.attention.backend import AttentionBackend, AttentionLayer, CommonAttentionMetadata
+from vllm.v1.attention.backends.registry import register_backend
+from vllm.v1.core.sched.output import SchedulerOutput
+from vllm.v1.kv_cache_interface import KVCacheConfig
+from vllm.v1.outputs import KVConnectorOutput
+
+from vllm_kvcompress.config import parse_engine_config
+from vllm_kvcompress.engine.batch import HeadBatch
+from vllm_kvcompress.engine.compressor import Compressor
+from vllm_kvcompress.engine.stats import WorkerStats
+from vllm_kvcompress.engine.windows import Capture
+from vllm_kvcompress.paging.pool import PageFormat, PagePool
+
+
+class StepView:
+    """What a metadata builder asks: which rows of this step's batch are compressed."""
+
+    def __init__(self, compressor: Compressor, runner: Any) -> None:
+        self._compressor = compressor
+        self._runner = runner
+
+    def block_ids(self, request_id: str) -> list[int]:
+        """Natural block ids of a request, arena excluded."""
+        return self._runner.requests[request_id].block_ids[0]
+
+    def lay_out(self, common: CommonAttentionMetadata) -> tuple[HeadBatch | None, list[Capture]]:
+        """See `Compressor.lay_out`. Dummy runs have no requests and are laid out as plain."""
+        request_ids = self._runner.input_batch.req_ids[: common.num_reqs]
+        query_start = common.query_start_loc_cpu.numpy()
+        seq_lens = common.seq_lens_cpu_upper_bound.numpy()
+        return self._compressor.lay_out(request_ids, query_start, seq_lens, self.block_ids)
+
+
+class PerHeadWorker:
+    """Mixin before a platform's worker class."""
+
+    replaced_backend: ClassVar[Any]
+    backend: ClassVar[type[AttentionBackend]]
+    compressor: Compressor | None = None
+
+    def page_format(self, layer: AttentionLayer, cache: Tensor) -> PageFormat:
+        """How this platform's kernels pack a page."""
+        raise NotImplementedError
+
+    def load_model(self, **kwargs: Any) -> None:
+        with _backend_in_place_of(self.replaced_backend, self.backend):
+            super().load_model(**kwargs)  # type: ignore[misc]
+
+    def initialize_from_config(self, kv_cache_config: KVCacheConfig) -> None:
+        super().initialize_from_config(kv_cache_config)  # type: ignore[misc]
+        vllm_config, runner = self.vllm_config, self.model_runner  # type: ignore[attr-defined]
+        (group,) = kv_cache_config.kv_cache_groups
+        layers = get_layers_from_vllm_config(vllm_config, Attention, group.layer_names)
+        caches = [layer.kv_cache for layer in layers.values()]
+        first = next(iter(layers.values()))
+        pool = PagePool(caches, self.page_format(first, caches[0]))
+        config = parse_engine_config(vllm_config.additional_config["kv_compress"])
+        self.compressor = Compressor(config, pool, first.impl.scale)
+        self._view = StepView(self.compressor, runner)
+        for layer in layers.values():
+            layer.impl.bind(pool, pool.layer_of(layer.kv_cache))
+        for groups in runner.attn_groups:
+            for attention_group in groups:
+                for builder in attention_group.metadata_builders:
+                    builder.step_view = self._view
+
+    @torch.inference_mode()
+    def execute_model(self, scheduler_output: SchedulerOutput) -> Any:
+        compressor = self.compressor
+        assert compressor is not None
+        compressor.begin_step(scheduler_output)
+        output = super().execute_model(scheduler_output)  # type: ignore[misc]
+        compressor.finish_step(self._view.block_ids)
+        if compressor.seconds:
+            self._send_seconds(compressor)
+        return output
+
+    def _send_seconds(self, compressor: Compressor) -> None:
+        runner = self.model_runner  # type: ignore[attr-defined]
+        if runner.kv_connector_output is None:
+            stats = WorkerStats(data={"seconds": compressor.seconds})
+            runner.kv_connector_output = KVConnectorOutput(kv_connector_stats=stats)
+            compressor.seconds = []
+
+    def check_kv_compress_integrity(self) -> None:
+        """For `collective_rpc`: raise where the worker's page tables do not add up."""
+        assert self.compressor is not None
+        self.compressor.check_integrity()
+
+
+@contextmanager
+def _backend_in_place_of(replaced: Any, backend: type[AttentionBackend]) -> Iterator[None]:
+    """Select `backend` for the layers built inside; engines built later are not affected."""
+    register_backend(replaced, f"{backend.__module__}.{backend.__qualname__}")
+    selector._cached_get_attn_backend.cache_clear()
+    try:
+        yield
+    finally:
+        replaced.clear_override()
+        selector._cached_get_attn_backend.cache_clear()

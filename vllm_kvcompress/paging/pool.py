@@ -1,0 +1,173 @@
+"""The whole cache of one worker as a pool of equal pages, and how to read and copy them.
+
+A block of the block-outermost layout holds `L * H` pages of `B` tokens, so
+`page = block * L * H + layer * H + head`.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+# Most elements gathered at once while copying: bounds the scratch memory of a compaction.
+COPY_ELEMENTS = 1 << 24
+
+WritePage = Callable[[Tensor, Tensor, Tensor], None]
+"""Writes keys and values `[B, 1, D]` to slots `0..B-1` of a `[1, 1, B, 2*D]` cache."""
+
+
+@dataclass(frozen=True)
+class PageFormat:
+    """Where the elements of a page stand: int64 `[B, D]` each, indices into its `2*B*D`.
+
+    Kernels pack pages as they like (the CPU's keys are transposed), so the format is measured:
+    `probe` lets the kernel write one page and reads it back.
+    """
+
+    keys: Tensor
+    values: Tensor
+
+    @staticmethod
+    def probe(write: WritePage, page_tokens: int, head_size: int, dtype: torch.dtype) -> "PageFormat":
+        """Write pages whose elements spell their own coordinates and find each element again.
+
+        Digits to base 64 are exact in every cache dtype.
+
+        Raises:
+            RuntimeError: the kernel's pages are not a permutation of their elements.
+        """
+        elements = page_tokens * head_size
+        address = torch.zeros(2 * elements, dtype=torch.int64)
+        ordinal = torch.arange(2 * elements).view(2, page_tokens, 1, head_size)
+        scale = 1
+        while scale < 2 * elements:
+            digits = (ordinal // scale % 64).to(dtype)
+            page = torch.zeros(1, 1, page_tokens, 2 * head_size, dtype=dtype)
+            write(digits[0], digits[1], page)
+            address += page.flatten().to(torch.int64) * scale
+            scale *= 64
+        where = torch.argsort(address)
+        if not torch.equal(address[where], torch.arange(2 * elements)):
+            raise RuntimeError("kv-compress cannot read this kernel's pages: not a permutation")
+        keys, values = where.view(2, page_tokens, head_size)
+        return PageFormat(keys, values)
+
+
+class PagePool:
+    """Pages of all layers and KV heads of this worker.
+
+    Args:
+        layer_caches: each layer's cache view `[num_blocks, H, B, 2*D]`, in any order.
+        page_format: where a page's elements stand.
+
+    Raises:
+        RuntimeError: the views are not one block-outermost allocation.
+    """
+
+    def __init__(self, layer_caches: list[Tensor], page_format: PageFormat) -> None:
+        first = min(layer_caches, key=lambda cache: cache.storage_offset())
+        blocks, heads, tokens, content = first.shape
+        page_elements = tokens * content
+        layers = len(layer_caches)
+        self.num_layers, self.num_heads, self.num_blocks = layers, heads, blocks
+        self.page_tokens, self.head_size = tokens, content // 2
+        self.pages_per_block = layers * heads
+        self._base = first.storage_offset()
+        stride = (self.pages_per_block * page_elements, page_elements, content, 1)
+        offsets = sorted(cache.storage_offset() - self._base for cache in layer_caches)
+        expected = [layer * heads * page_elements for layer in range(layers)]
+        if any(cache.stride() != stride for cache in layer_caches) or offsets != expected:
+            raise RuntimeError(
+                f"the cache is not one pool of pages: layer offsets {offsets[:3]}... with strides "
+                f"{first.stride()}, expected offsets {expected[:3]}... with strides {stride}"
+            )
+        self._flat = first.as_strided(
+            (blocks * self.pages_per_block, page_elements), (page_elements, 1), self._base
+        )
+        self.cache = self._flat.view(-1, 1, tokens, content)  # as the kernels see it
+        self._keys = _PageHalf(self._flat, page_format.keys)
+        self._values = _PageHalf(self._flat, page_format.values)
+
+    def layer_of(self, layer_cache: Tensor) -> int:
+        """The layer's place in the pool, taken from where its cache begins."""
+        offset = layer_cache.storage_offset() - self._base
+        return offset // (self.num_heads * self._flat.shape[1])
+
+    def page_ids(self, block_ids: Tensor) -> Tensor:
+        """Natural pages of blocks `[...]` as int64 `[L, H, ...]`."""
+        lane = torch.arange(self.pages_per_block).view(
+            self.num_layers, self.num_heads, *[1] * block_ids.dim()
+        )
+        return block_ids * self.pages_per_block + lane
+
+    def block_pages(self, block_ids: Tensor) -> Tensor:
+        """All pages of blocks `[K]`, block by block: int64 `[K*L*H]`."""
+        lane = torch.arange(self.pages_per_block)
+        return (block_ids[:, None] * self.pages_per_block + lane).flatten()
+
+    def keys(self, pages: Tensor) -> Tensor:
+        """Keys of pages `[H, P]` as `[H, P*B, D]`."""
+        return self._keys.read(pages)
+
+    def values(self, pages: Tensor) -> Tensor:
+        """Values of pages `[H, P]` as `[H, P*B, D]`."""
+        return self._values.read(pages)
+
+    def copy_tokens(self, sources: Tensor, target_pages: Tensor) -> None:
+        """Copy tokens, K and V, into pages: the out-of-place compaction.
+
+        Args:
+            sources: int64 `[T]` slots (`page * B + offset`), target page by target page.
+            target_pages: int64 `[T / B]`; none of them may hold a source.
+        """
+        step = max(1, COPY_ELEMENTS // self._flat.shape[1])
+        for start in range(0, len(target_pages), step):
+            targets = target_pages[start : start + step]
+            slots = sources[start * self.page_tokens : (start + step) * self.page_tokens]
+            pages, offsets = slots // self.page_tokens, slots % self.page_tokens
+            for half in (self._keys, self._values):
+                half.write(targets, half.read_tokens(pages, offsets))
+
+
+class _PageHalf:
+    """The keys, or the values, of every page."""
+
+    def __init__(self, flat: Tensor, where: Tensor) -> None:
+        self._flat = flat  # [pages, 2*B*D]
+        self._where = where  # [B, D]
+        tokens, head_size = where.shape
+        start = int(where[0, 0])
+        token_stride = int(where[1, 0]) - start if tokens > 1 else head_size
+        lane_stride = int(where[0, 1]) - start if head_size > 1 else 1
+        steps = torch.arange(tokens)[:, None] * token_stride + torch.arange(head_size) * lane_stride
+        self._view: Tensor | None = None  # [pages, B, D], where the packing is a mere transpose
+        if torch.equal(where, start + steps):
+            self._view = flat.as_strided(
+                (flat.shape[0], tokens, head_size),
+                (flat.stride(0), token_stride, lane_stride),
+                flat.storage_offset() + start,
+            )
+
+    def read(self, pages: Tensor) -> Tensor:
+        """`[H, P]` pages -> `[H, P*B, D]`."""
+        tokens, head_size = self._where.shape
+        rows = self._flat.index_select(0, pages.flatten())
+        half = _PageHalf(rows, self._where)._view
+        if half is None:
+            half = rows[:, self._where]
+        return half.reshape(pages.shape[0], pages.shape[1] * tokens, head_size)
+
+    def read_tokens(self, pages: Tensor, offsets: Tensor) -> Tensor:
+        """`[T]` pages and offsets in them -> `[T, D]`."""
+        if self._view is not None:
+            return self._view[pages, offsets]
+        return self._flat[pages[:, None], self._where[offsets]]
+
+    def write(self, pages: Tensor, tokens: Tensor) -> None:
+        """Fill whole pages `[P]` with tokens `[P*B, D]`."""
+        content = tokens.view(len(pages), *self._where.shape)
+        if self._view is not None:
+            self._view[pages] = content
+        else:
+            self._flat[pages[:, None, None], self._where] = content

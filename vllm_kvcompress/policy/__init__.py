@@ -1,0 +1,28 @@
+"""WHAT to keep: torch only, knows nothing of vLLM. See docs/add-a-policy.md."""
+
+from vllm_kvcompress.policy import allocators, attention, scorers, selectors
+from vllm_kvcompress.policy.interfaces import Allocator, Scorer, Selector
+from vllm_kvcompress.policy.observation import Observation
+from vllm_kvcompress.policy.policy import Kept, Policy
+from vllm_kvcompress.policy.registry import (
+    build,
+    register_allocator,
+    register_scorer,
+    register_selector,
+)
+
+BUILT_IN = (allocators, attention, scorers, selectors)  # importing them registers them
+
+__all__ = [
+    "BUILT_IN",
+    "Allocator",
+    "Kept",
+    "Observation",
+    "Policy",
+    "Scorer",
+    "Selector",
+    "build",
+    "register_allocator",
+    "register_scorer",
+    "register_selector",
+]

@@ -1,0 +1,111 @@
+"""Who gets how many pages."""
+
+from dataclasses import dataclass
+from typing import Annotated
+
+import torch
+from pydantic import Field
+from torch import Tensor
+
+from vllm_kvcompress.policy.interfaces import Allocator
+from vllm_kvcompress.policy.pages import apportion, deal_best_pages, page_prices
+from vllm_kvcompress.policy.registry import register_allocator
+
+
+@register_allocator("uniform")
+@dataclass(frozen=True)
+class UniformAllocator(Allocator):
+    """Every head of every layer the same."""
+
+    def allocate(
+        self, scores: Tensor, total_pages: int, page_tokens: int, min_pages: int, max_pages: Tensor
+    ) -> Tensor:
+        return _in_proportion(torch.ones(scores.shape[0]), total_pages, min_pages, max_pages)
+
+
+@register_allocator("pyramid")
+@dataclass(frozen=True)
+class PyramidAllocator(Allocator):
+    """Linearly fewer pages from the first layer to the last (PyramidKV, arXiv 2406.02069).
+
+    With `b` tokens per head on average the last layer gets `b / beta` and the first `2b` less
+    that, as kvpress has it. Where the last layer would get less than `uniform_below_tokens`,
+    all layers get the same.
+    """
+
+    beta: Annotated[float, Field(ge=1)] = 20.0
+    uniform_below_tokens: Annotated[int, Field(ge=0)] = 64
+
+    def allocate(
+        self, scores: Tensor, total_pages: int, page_tokens: int, min_pages: int, max_pages: Tensor
+    ) -> Tensor:
+        layers, heads, n = scores.shape
+        mean_tokens = total_pages * page_tokens / (layers * heads)
+        shares = self.layer_tokens(layers, mean_tokens, n)
+        return _in_proportion(shares, total_pages, min_pages, max_pages)
+
+    def layer_tokens(self, layers: int, mean_tokens: float, n: int) -> Tensor:
+        """Tokens per head of each layer before rounding to pages, f64 `[L]`."""
+        last = mean_tokens / self.beta
+        first = 2 * mean_tokens - last
+        if first > n:
+            first = float(n - self.uniform_below_tokens)
+            last = 2 * mean_tokens - first
+        if not n >= first >= last >= self.uniform_below_tokens:
+            first = last = mean_tokens
+        return torch.linspace(first, last, layers, dtype=torch.float64)
+
+
+@register_allocator("adaptive")
+@dataclass(frozen=True)
+class AdaptiveAllocator(Allocator):
+    """Every layer the same; inside a layer the heads compete (AdaKV, arXiv 2407.11550).
+
+    Each head is sure of the fraction `alpha` of its equal share, in whole pages.
+    """
+
+    alpha: Annotated[float, Field(ge=0, le=1)] = 0.2
+
+    def allocate(
+        self, scores: Tensor, total_pages: int, page_tokens: int, min_pages: int, max_pages: Tensor
+    ) -> Tensor:
+        layers, heads, _ = scores.shape
+        totals = apportion(
+            torch.ones(layers),
+            total_pages,
+            torch.full((layers,), heads * min_pages),
+            max_pages.sum(dim=-1).cpu(),
+        ).to(scores.device)
+        sure = (totals * self.alpha / heads).floor().long().clamp(min=min_pages).unsqueeze(-1)
+        least = torch.minimum(sure.expand(layers, heads), max_pages)
+        return deal_best_pages(page_prices(scores, page_tokens), totals, least, max_pages)
+
+
+@register_allocator("global")
+@dataclass(frozen=True)
+class GlobalAllocator(Allocator):
+    """All heads of all layers compete, page by page (KV-Compress, arXiv 2410.00161).
+
+    The `total_pages` dearest pages win, wherever they are. Protected tokens sit in the first
+    `min_pages` pages of every head, which no head can lose, so only the pages after those
+    compete and no head profits from what it must keep anyway.
+    """
+
+    def allocate(
+        self, scores: Tensor, total_pages: int, page_tokens: int, min_pages: int, max_pages: Tensor
+    ) -> Tensor:
+        prices = page_prices(scores, page_tokens).flatten(0, 1).unsqueeze(0)  # [1, L*H, P]
+        totals = torch.tensor([total_pages], device=scores.device)
+        most = max_pages.view(1, -1)
+        least = torch.full_like(most, min_pages)
+        return deal_best_pages(prices, totals, least, most).view_as(max_pages)
+
+
+def _in_proportion(
+    layer_shares: Tensor, total_pages: int, min_pages: int, max_pages: Tensor
+) -> Tensor:
+    """Pages in proportion to `layer_shares` `[L]`, the same for all heads of a layer."""
+    shares = layer_shares.unsqueeze(-1).expand(max_pages.shape).flatten()
+    most = max_pages.flatten().cpu()
+    pages = apportion(shares, total_pages, torch.full_like(most, min_pages), most)
+    return pages.view_as(max_pages).to(max_pages.device)

@@ -1,0 +1,109 @@
+"""Scores from the attention that the last queries pay: KV-Compress, SnapKV and kin."""
+
+from dataclasses import dataclass
+from typing import Annotated, ClassVar, Literal
+
+import torch
+import torch.nn.functional as F
+from pydantic import Field
+from torch import Tensor
+
+from vllm_kvcompress.policy.interfaces import Scorer
+from vllm_kvcompress.policy.observation import Observation
+from vllm_kvcompress.policy.registry import register_scorer
+
+# Heads are taken together as long as their attention matrix stays below 256 MB.
+MAX_LOGITS = 1 << 26
+
+
+@register_scorer("attention")
+@dataclass(frozen=True)
+class AttentionScorer(Scorer):
+    """Attention that each key receives from the window's queries, pooled, then over the group.
+
+    `score[h, j] = REDUCE_g POOL_j SUM_i A[g, i, j] ** power`, with A the softmax over all keys
+    that query i may see. KV-Compress (arXiv 2410.00161, section 3): power 2, max, sum. SnapKV
+    (arXiv 2404.14469): power 1, avg, mean, `score_window` False.
+
+    power: 1 or 2 ("L1", "L2"); 2 favours keys that few queries attend to strongly.
+    pool, pool_tokens: stride-1 pooling over the keys of each query head. It keeps the
+        neighbours of what was attended to: the value behind a key, the rest of a span.
+    pool_side: "both" sides, or only the "later" tokens, the continuation.
+    group: how the query heads of a KV head become one.
+    exclude_tokens: pairs closer than that do not count.
+    score_window: whether the keys of the window itself count and enter the pooling.
+    """
+
+    needs_values: ClassVar[bool] = False
+
+    power: Literal[1, 2] = 2
+    pool: Literal["max", "avg", "none"] = "max"
+    pool_tokens: Annotated[int, Field(ge=1, le=1024)] = 7
+    pool_side: Literal["both", "later"] = "both"
+    group: Literal["sum", "mean", "max"] = "sum"
+    exclude_tokens: Annotated[int, Field(ge=0)] = 0
+    score_window: bool = True
+
+    def __post_init__(self) -> None:
+        if self.pool != "none" and self.pool_side == "both" and self.pool_tokens % 2 == 0:
+            raise ValueError(
+                f"pool_tokens={self.pool_tokens} must be odd where pool_side is 'both'"
+            )
+
+    def score(self, obs: Observation, layer: int) -> Tensor:
+        return self.reduce(self.mass(obs))
+
+    def mass(self, obs: Observation) -> Tensor:
+        """`SUM_i A[g, i, j] ** power`, f32 `[H, G, n]`."""
+        window, heads, group, _ = obs.queries.shape
+        queries = (obs.queries.float() * obs.scale).permute(1, 2, 0, 3)  # [H, G, w, D]
+        at_once = max(1, MAX_LOGITS // (group * window * obs.tokens))
+        parts = [
+            self._mass_of_heads(obs, queries, slice(h, h + at_once))
+            for h in range(0, heads, at_once)
+        ]
+        mass = parts[0] if len(parts) == 1 else torch.cat(parts)
+        if not self.score_window:
+            mass.masked_fill_((obs.positions >= obs.query_positions.min()).unsqueeze(-2), 0.0)
+        return mass
+
+    def reduce(self, mass: Tensor) -> Tensor:
+        """Pool the keys of each query head, then join the group: `[H, G, n]` to `[H, n]`."""
+        pooled = self._pooled(mass)
+        if self.group == "max":
+            return pooled.amax(dim=1)
+        return pooled.sum(dim=1) if self.group == "sum" else pooled.mean(dim=1)
+
+    def _mass_of_heads(self, obs: Observation, queries: Tensor, heads: slice) -> Tensor:
+        keys = obs.keys[heads].float()
+        logits = torch.bmm(queries[heads].flatten(1, 2), keys.transpose(1, 2))
+        logits = logits.view(*queries[heads].shape[:3], obs.tokens)  # [H, G, w, n]
+        positions = obs.positions if obs.positions.dim() == 1 else obs.positions[heads]
+        _hide_future(logits, positions, obs.query_positions)
+        if obs.valid is not None:
+            logits.masked_fill_(~obs.valid[heads, None, None], -torch.inf)
+        attention = torch.softmax(logits, dim=-1, out=logits)
+        if self.exclude_tokens:
+            distance = obs.query_positions[:, None] - positions[..., None, :]
+            attention.masked_fill_((distance < self.exclude_tokens).unsqueeze(-3), 0.0)
+        if self.power == 2:
+            attention.square_()
+        return attention.sum(dim=2)
+
+    def _pooled(self, mass: Tensor) -> Tensor:
+        if self.pool == "none":
+            return mass
+        before = self.pool_tokens - 1 if self.pool_side == "later" else self.pool_tokens // 2
+        padded = F.pad(mass, (before, self.pool_tokens - 1 - before))  # mass >= 0: 0 is neutral
+        pool = F.max_pool1d if self.pool == "max" else F.avg_pool1d
+        return pool(padded, self.pool_tokens, stride=1)
+
+
+def _hide_future(logits: Tensor, positions: Tensor, query_positions: Tensor) -> None:
+    """Put `-inf` where a key comes after the query; logits `[H, G, w, n]`, in place."""
+    future = positions[..., None, :] > query_positions[:, None]  # [w, n] or [H, w, n]
+    start = 0
+    if logits.device.type == "cpu":  # a host read is free here, a pass over all logits is not
+        columns = future.flatten(0, -2).any(dim=0).nonzero()
+        start = int(columns[0]) if len(columns) else logits.shape[-1]
+    logits[..., start:].masked_fill_(future[..., start:].unsqueeze(-3), -torch.inf)

@@ -1,0 +1,58 @@
+"""The three parts of a policy: who scores, who allocates, who selects.
+
+L layers, H KV heads of this rank, n candidates, B tokens per page. All three are pure: the
+answer for a request depends on its own tensors only, never on what else is in the batch.
+"""
+
+from abc import ABC, abstractmethod
+from typing import ClassVar
+
+from torch import Tensor
+
+from vllm_kvcompress.policy.observation import Observation
+
+
+class Scorer(ABC):
+    """Says how much each candidate is worth.
+
+    A scorer that sets a `needs_*` to False spares the engine from keeping that tensor aside.
+    """
+
+    needs_queries: ClassVar[bool] = True
+    needs_keys: ClassVar[bool] = True
+    needs_values: ClassVar[bool] = True
+
+    @abstractmethod
+    def score(self, obs: Observation, layer: int) -> Tensor:
+        """f32 `[H, n]`, higher = keep. Padding may get anything: it is masked later."""
+
+
+class Allocator(ABC):
+    """Deals the pages of a request out to its layers and heads."""
+
+    @abstractmethod
+    def allocate(
+        self, scores: Tensor, total_pages: int, page_tokens: int, min_pages: int, max_pages: Tensor
+    ) -> Tensor:
+        """int64 `[L, H]`, summing to `total_pages`, each from `min_pages` to its `max_pages`.
+
+        Args:
+            scores: f32 `[L, H, n]`; `+inf` marks protected tokens (the first `min_pages` pages
+                of every head have room for them), `-inf` padding, everything else is finite.
+            total_pages: pages of the request over all layers and heads.
+            page_tokens: B.
+            min_pages: the least that every head gets.
+            max_pages: int64 `[L, H]`, the full pages that a head's candidates could fill.
+        """
+
+
+class Selector(ABC):
+    """Picks the tokens that fill the pages of each head."""
+
+    @abstractmethod
+    def select(self, scores: Tensor, pages: Tensor, page_tokens: int) -> Tensor:
+        """Kept tokens as indices into `scores.view(-1)`, int64 `[pages.sum() * B]`, ascending.
+
+        So they are grouped by (layer, head) and sorted by position inside a head, and each head
+        has exactly `pages[l, h] * B` of them. Takes `scores` as `Allocator.allocate` does.
+        """

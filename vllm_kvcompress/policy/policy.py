@@ -1,0 +1,94 @@
+"""A policy: a scorer, an allocator and a selector, and the rules that hold for all of them."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from vllm_kvcompress.accounting import ceil_div
+from vllm_kvcompress.policy.interfaces import Allocator, Scorer, Selector
+
+# Scores beyond it are cut, so that the sum of a page stays finite.
+MAX_SCORE = 1e30
+
+
+@dataclass(frozen=True)
+class Kept:
+    """What stays of a request.
+
+    pages: int64 `[L, H]`.
+    indices: int64 `[pages.sum() * B]` into the flat `[L, H, n]` candidates, ascending.
+    """
+
+    pages: Tensor
+    indices: Tensor
+
+
+@dataclass(frozen=True)
+class Policy:
+    """Who scores, who allocates, who selects."""
+
+    scorer: Scorer
+    allocator: Allocator
+    selector: Selector
+
+    def keep(
+        self,
+        scores: Tensor,
+        total_pages: int,
+        page_tokens: int,
+        sinks: int,
+        recent: int,
+        valid: Tensor | None = None,
+    ) -> Kept:
+        """Choose what stays.
+
+        Whatever the scores are (NaN counts as the lowest), the first `sinks` and the last
+        `recent` valid candidates of every head stay, padding never does.
+
+        Args:
+            scores: `[L, H, n]` f32 from `scorer`, one slice per layer.
+            total_pages: pages to keep over all layers and heads.
+            page_tokens: tokens per page.
+            sinks, recent: protected tokens per head.
+            valid: `[L, H, n]` bool, False for padding.
+
+        Raises:
+            ValueError: `total_pages` cannot be met: too few for the protected tokens, or more
+                than the candidates fill.
+            RuntimeError: an allocator or selector broke its contract.
+        """
+        layers, heads, n = scores.shape
+        min_pages = max(1, ceil_div(min(sinks + recent, n), page_tokens))
+        if valid is None:
+            max_pages = torch.full((layers, heads), n // page_tokens, device=scores.device)
+            fewest, most = n // page_tokens, layers * heads * (n // page_tokens)
+        else:
+            max_pages = valid.sum(dim=-1) // page_tokens
+            fewest, most = int(max_pages.min()), int(max_pages.sum())
+        if not layers * heads * min_pages <= total_pages <= most or fewest < min_pages:
+            raise ValueError(
+                f"cannot keep {total_pages} pages of {page_tokens} tokens: {layers * heads} heads "
+                f"need {min_pages} each, the poorest can fill {fewest}, all together {most}"
+            )
+        marked = _mark(scores, sinks, recent, valid)
+        pages = self.allocator.allocate(marked, total_pages, page_tokens, min_pages, max_pages)
+        indices = self.selector.select(marked, pages, page_tokens)
+        if len(indices) != total_pages * page_tokens:
+            raise RuntimeError(
+                f"{type(self.allocator).__name__} and {type(self.selector).__name__} kept "
+                f"{len(indices)} tokens, not {total_pages} pages of {page_tokens}"
+            )
+        return Kept(pages, indices)
+
+
+def _mark(scores: Tensor, sinks: int, recent: int, valid: Tensor | None) -> Tensor:
+    """Finite scores, except `+inf` for protected candidates and `-inf` for padding."""
+    marked = scores.float().clamp(-MAX_SCORE, MAX_SCORE).nan_to_num_(nan=-MAX_SCORE)
+    if valid is None:
+        marked[..., :sinks] = torch.inf
+        marked[..., max(0, marked.shape[-1] - recent) :] = torch.inf
+        return marked
+    ordinal = valid.cumsum(dim=-1)
+    protected = (ordinal <= sinks) | (ordinal > ordinal[..., -1:] - recent)
+    return marked.masked_fill_(protected, torch.inf).masked_fill_(~valid, -torch.inf)

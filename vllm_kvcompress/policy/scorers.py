@@ -1,0 +1,70 @@
+"""Scores that need no queries: keys only, positions only, chance."""
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from vllm_kvcompress.policy.interfaces import Scorer
+from vllm_kvcompress.policy.observation import Observation
+from vllm_kvcompress.policy.registry import register_scorer
+
+
+@register_scorer("keydiff")
+@dataclass(frozen=True)
+class KeyDiffScorer(Scorer):
+    """Keep the keys that differ: `-cos(k, mean of the normalised keys)` (arXiv 2504.15364)."""
+
+    needs_queries: ClassVar[bool] = False
+    needs_values: ClassVar[bool] = False
+
+    def score(self, obs: Observation, layer: int) -> Tensor:
+        keys = F.normalize(obs.keys.float(), dim=-1)
+        if obs.valid is not None:
+            keys = keys.masked_fill(~obs.valid.unsqueeze(-1), 0.0)
+        anchor = F.normalize(keys.sum(dim=1), dim=-1)  # [H, D]
+        return -torch.bmm(keys, anchor.unsqueeze(-1)).squeeze(-1)
+
+
+@register_scorer("position")
+@dataclass(frozen=True)
+class PositionScorer(Scorer):
+    """The later, the better; with sinks protected this is StreamingLLM (arXiv 2309.17453).
+
+    Positions stay as they are; StreamingLLM's renumbering inside the cache is not done.
+    """
+
+    needs_queries: ClassVar[bool] = False
+    needs_keys: ClassVar[bool] = False
+    needs_values: ClassVar[bool] = False
+
+    def score(self, obs: Observation, layer: int) -> Tensor:
+        return obs.head_positions().float()
+
+
+@register_scorer("random")
+@dataclass(frozen=True)
+class RandomScorer(Scorer):
+    """Chance, the control: a hash of (seed, layer, head, position), uniform in [0, 1)."""
+
+    needs_queries: ClassVar[bool] = False
+    needs_keys: ClassVar[bool] = False
+    needs_values: ClassVar[bool] = False
+
+    seed: int = 0
+
+    def score(self, obs: Observation, layer: int) -> Tensor:
+        head = torch.arange(obs.heads, device=obs.positions.device).unsqueeze(-1)
+        stream = _mix(_mix(head + 1) + _mix(torch.tensor(layer + 1, device=head.device)))
+        bits = _mix(obs.head_positions() + _mix(stream + (self.seed & 0xFFFFFFFF)))
+        return (bits >> 8).float() / 2**24
+
+
+def _mix(x: Tensor) -> Tensor:
+    """Spread int64 values over 32 bits (the finaliser of MurmurHash3)."""
+    x = x & 0xFFFFFFFF
+    x = ((x ^ (x >> 16)) * 0x85EBCA6B) & 0xFFFFFFFF
+    x = ((x ^ (x >> 13)) * 0xC2B2AE35) & 0xFFFFFFFF
+    return x ^ (x >> 16)
