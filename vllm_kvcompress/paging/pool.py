@@ -137,26 +137,29 @@ class _PageHalf:
         self._flat = flat  # [pages, 2*B*D]
         self._where = where  # [B, D]
         tokens, head_size = where.shape
-        start = int(where[0, 0])
-        token_stride = int(where[1, 0]) - start if tokens > 1 else head_size
-        lane_stride = int(where[0, 1]) - start if head_size > 1 else 1
-        steps = torch.arange(tokens)[:, None] * token_stride + torch.arange(head_size) * lane_stride
-        self._view: Tensor | None = None  # [pages, B, D], where the packing is a mere transpose
-        if torch.equal(where, start + steps):
-            self._view = flat.as_strided(
-                (flat.shape[0], tokens, head_size),
-                (flat.stride(0), token_stride, lane_stride),
-                flat.storage_offset() + start,
-            )
+        ordinal = torch.arange(tokens * head_size)
+        start = int(where.min())
+        by_token = torch.equal(where.flatten() - start, ordinal)
+        by_lane = torch.equal(where.T.flatten() - start, ordinal)
+        self._lane_major = by_lane and not by_token
+        self._view: Tensor | None = None  # [pages, B, D], where the packing allows one
+        if by_token or by_lane:
+            half = flat[:, start : start + tokens * head_size]
+            shape = (tokens, head_size) if by_token else (head_size, tokens)
+            view = half.unflatten(1, shape)
+            self._view = view if by_token else view.transpose(1, 2)
 
     def read(self, pages: Tensor) -> Tensor:
-        """`[H, P]` pages -> `[H, P*B, D]`."""
-        tokens, head_size = self._where.shape
-        rows = self._flat.index_select(0, pages.flatten())
-        half = _PageHalf(rows, self._where)._view
-        if half is None:
-            half = rows[:, self._where]
-        return half.reshape(pages.shape[0], pages.shape[1] * tokens, head_size)
+        """`[H, P]` pages -> `[H, P*B, D]`, in memory as it came cheapest."""
+        (heads, count), (tokens, head_size) = pages.shape, self._where.shape
+        if self._view is None:
+            rows = self._flat.index_select(0, pages.flatten())
+            return rows[:, self._where].view(heads, count * tokens, head_size)
+        if not self._lane_major:
+            return self._view.index_select(0, pages.flatten()).view(heads, -1, head_size)
+        rows = self._view.transpose(1, 2).index_select(0, pages.flatten())  # [H*P, D, B]
+        lanes = rows.view(heads, count, head_size, tokens).transpose(1, 2)
+        return lanes.reshape(heads, head_size, count * tokens).transpose(1, 2)
 
     def read_tokens(self, pages: Tensor, offsets: Tensor) -> Tensor:
         """`[T]` pages and offsets in them -> `[T, D]`."""
