@@ -40,7 +40,7 @@ def pip(python: Path, *arguments: str) -> None:
         raise PipFailed(" ".join(command) + "\n" + "".join(lines))
 
 
-def show_progress(process: subprocess.Popen, lines: list[str]) -> None:
+def show_progress(process: subprocess.Popen[str], lines: list[str]) -> None:
     """Say what pip is doing until it ends."""
     rewritable = sys.stdout.isatty()
     start = reported = time.monotonic()
@@ -64,6 +64,7 @@ def activity(lines: list[str]) -> str:
     """What pip is doing, by its output so far, in a few words."""
     so_far = list(lines)
     named = [line.split()[1] for line in so_far if line.startswith(("Collecting ", "Processing "))]
+    latest = named[-1].rsplit("/", 1)[-1] if named else ""
     if any(line.startswith("Installing collected packages") for line in so_far):
-        return f"unpacking {len(named)} packages"
-    return f"fetching {named[-1].rsplit('/', 1)[-1]} ({len(named)})" if named else "looking"
+        return f"unpacking {latest}" if len(named) == 1 else f"unpacking {len(named)} packages"
+    return f"fetching {latest} ({len(named)})" if named else "looking"

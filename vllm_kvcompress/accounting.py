@@ -173,7 +173,8 @@ def plan(n: int, block_tokens: int, num_blocks: int, settings: Settings | None) 
     usable = num_blocks - 1
     full = n // block_tokens
     kept = blocks_to_keep(n, block_tokens, settings)
-    slack = settings.continual_slack_blocks if settings.continual else None
+    continual = settings.continual and not settings.force_arena
+    slack = settings.continual_slack_blocks if continual else None
     if settings.force_arena and full:
         kept = min(kept, full)
     elif kept >= full:
@@ -181,8 +182,9 @@ def plan(n: int, block_tokens: int, num_blocks: int, settings: Settings | None) 
             return alone
         point = (kept + slack) * block_tokens
         grows = Plan(n, block_tokens, kept, point, slack)
-        return grows if grows.peak_blocks(point) <= usable else alone
-    if full == 0 or ceil_div(n, block_tokens) + kept > usable:
+        return grows if grows.peak_blocks(point) < usable else alone
+    # The next token may need its block before the step that compresses is processed.
+    if full == 0 or ceil_div(n + 1, block_tokens) + kept > usable:
         return alone
     if slack is not None and 2 * kept + slack + 1 > usable:
         slack = None

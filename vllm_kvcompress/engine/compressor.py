@@ -185,8 +185,8 @@ class Compressor:
                     captures += [capture] if capture else []
         if not len(self.tables):
             return None, captures
-        slot_of = self.tables.slot
-        slots = [(row, slot) for row, id_ in enumerate(request_ids) if (slot := slot_of(id_)) is not None]
+        found = enumerate(map(self.tables.slot, request_ids))
+        slots = [(row, slot) for row, slot in found if slot is not None]
         if not slots:
             return None, captures
         slots.sort(key=lambda pair: pair[1])
@@ -281,4 +281,4 @@ class Compressor:
         """Raise unless every compressed request is known and no page is read by two heads."""
         self.tables.check_integrity()
         if stray := set(self.tables.requests()) - set(self._requests):
-            raise RuntimeError(f"{len(stray)} page tables belong to no request: {sorted(stray)[:3]}")
+            raise RuntimeError(f"{len(stray)} page tables belong to no request")

@@ -4,6 +4,7 @@ Extends `vllm.v1.attention.backends.cpu_attn` and `vllm.v1.worker.cpu_worker.CPU
 """
 
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, ClassVar
 
 import torch
@@ -86,14 +87,14 @@ class PerHeadAttentionImpl(CPUAttentionBackendImpl):
         output_scale: Tensor | None = None,
         output_block_scale: Tensor | None = None,
     ) -> Tensor:
-        scales = (output_scale, output_block_scale)
+        plain = partial(super().forward, layer, query, key, value, kv_cache, attn_metadata, output)
         if not isinstance(attn_metadata, PerHeadMetadata):
-            return super().forward(layer, query, key, value, kv_cache, attn_metadata, output, *scales)
+            return plain(output_scale, output_block_scale)
         for capture in attn_metadata.captures:
             capture.take(self.pool_layer, query)
         heads = attn_metadata.heads
         if heads is None or len(heads.rows) < len(attn_metadata.seq_lens):
-            super().forward(layer, query, key, value, kv_cache, attn_metadata, output, *scales)
+            plain(output_scale, output_block_scale)
         if heads is not None:
             self._attend_per_head(layer, query, output, heads)
         return output

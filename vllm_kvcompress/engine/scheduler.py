@@ -64,12 +64,20 @@ class _PerHead(Scheduler):
     def _reserve_prefill_lookahead(
         self, request: Request, num_computed_tokens: int, num_new_tokens: int
     ) -> int:
-        """End a chunk at the next compression point, so that what follows sees the kept pages."""
+        """End a chunk at the next compression point, so that what follows sees the kept pages.
+
+        One compression is in flight per request at most: its sources must be free before
+        the next one takes blocks.
+        """
         num_new_tokens = super()._reserve_prefill_lookahead(
             request, num_computed_tokens, num_new_tokens
         )
-        point = self._planned[request.request_id][0].next_point(num_computed_tokens)
-        return num_new_tokens if point is None else min(num_new_tokens, point - num_computed_tokens)
+        point = self.per_head.next_point(request.request_id)
+        if point is None or num_computed_tokens + num_new_tokens < point:
+            return num_new_tokens
+        processed = num_computed_tokens - request.num_in_flight_tokens
+        waits = self.per_head.is_compressing(request.request_id, processed)
+        return point - num_computed_tokens - waits
 
     def _update_after_schedule(self, scheduler_output: SchedulerOutput) -> None:
         super()._update_after_schedule(scheduler_output)

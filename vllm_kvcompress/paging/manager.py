@@ -2,14 +2,14 @@
 
     req_to_blocks   [ natural blocks ............ | arena, for one step ]
                       0 .. tail_start: null once freed
-    _arenas           the arena afterwards (two while a recompression is in flight)
+    Compression     the arena afterwards (two while a recompression is in flight)
 
 The arena rides at the end of the step's new block ids, where the worker takes it off. From the
 next step on it has a list of its own, so that positions in `req_to_blocks` keep their meaning.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from vllm.v1.core.kv_cache_utils import KVCacheBlock
@@ -27,6 +27,28 @@ class Arena:
     blocks: list[KVCacheBlock]
 
 
+@dataclass(slots=True)
+class Compression:
+    """Where one request stands in its plan.
+
+    next_point: computed tokens at which the next arena is due, None after the last.
+    arenas: newest last; the older ones are still read by steps in flight.
+    in_transit: the newest arena is still at the end of `req_to_blocks`.
+    settled: what the newest arena was copied from has been freed.
+    """
+
+    plan: Plan
+    next_point: int | None
+    arenas: list[Arena] = field(default_factory=list)
+    in_transit: bool = False
+    settled: bool = True
+
+    def restart(self) -> None:
+        """The request holds nothing any more; if it runs again, it begins at its first point."""
+        self.arenas, self.in_transit, self.settled = [], False, True
+        self.next_point = self.plan.first_point
+
+
 class PerHeadManager(FullAttentionManager):
     """vLLM's full-attention manager, plus one `Plan` per request that says what to free when.
 
@@ -35,29 +57,47 @@ class PerHeadManager(FullAttentionManager):
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        self._plans: dict[str, Plan] = {}
-        self._arenas: dict[str, list[Arena]] = {}
-        self._in_transit: set[str] = set()
+        self._compressions: dict[str, Compression] = {}
+        self._in_transit: list[str] = []
         self.freed_blocks = 0
 
     def set_plan(self, request_id: str, plan: Plan) -> None:
         """Say what will happen to the blocks of a request, before any is allocated."""
         if plan.first_point is not None:
-            self._plans[request_id] = plan
-
-    def requests_compressing(self) -> set[str]:
-        """Requests whose arena was allocated in this step."""
-        return self._in_transit
+            self._compressions[request_id] = Compression(plan, plan.first_point)
 
     def forget(self, request_id: str) -> None:
         """Drop the plan of a request that has ended and holds no blocks."""
-        assert request_id not in self._arenas and request_id not in self.req_to_blocks
-        self._plans.pop(request_id, None)
+        assert request_id not in self.req_to_blocks
+        self._compressions.pop(request_id, None)
+
+    def next_point(self, request_id: str) -> int | None:
+        """Computed tokens at which the request's next arena is due."""
+        compression = self._compressions.get(request_id)
+        return compression.next_point if compression else None
+
+    def is_compressing(self, request_id: str, processed_computed_tokens: int) -> bool:
+        """Whether a step that compresses this request is still in flight."""
+        compression = self._compressions.get(request_id)
+        if compression is None or compression.settled:
+            return False
+        return compression.arenas[-1].point > processed_computed_tokens
+
+    def arenas(self, request_id: str) -> list[Arena]:
+        """The request's arenas, newest last."""
+        compression = self._compressions.get(request_id)
+        return list(compression.arenas) if compression else []
+
+    def requests_compressing(self) -> list[str]:
+        """Requests whose arena was allocated in this step."""
+        return self._in_transit
 
     def new_step_starts(self) -> None:
         super().new_step_starts()
         for request_id in self._in_transit:
-            del self.req_to_blocks[request_id][-self._plans[request_id].arena_blocks :]
+            compression = self._compressions[request_id]
+            del self.req_to_blocks[request_id][-len(compression.arenas[-1].blocks) :]
+            compression.in_transit = False
         self._in_transit.clear()
 
     def get_num_blocks_to_allocate(
@@ -77,25 +117,31 @@ class PerHeadManager(FullAttentionManager):
             apply_admission_cap=apply_admission_cap,
             **kwargs,
         )
-        plan = self._plans.get(request_id)
-        if plan is None or plan.first_point is None or num_tokens < plan.first_point:
+        compression = self._compressions.get(request_id)
+        if compression is None or compression.next_point is None:
             return natural
-        if apply_admission_cap:
-            evictable = self._get_num_evictable_blocks(new_computed_blocks)
-            first = plan.prompt_peak_blocks() - len(new_computed_blocks) + evictable
-            return max(first, plan.later_peak_blocks(num_tokens))
-        return natural + (plan.arena_blocks if self._arena_due(request_id, num_tokens) else 0)
+        if not apply_admission_cap:
+            due = num_tokens == compression.next_point
+            return natural + compression.plan.arena_blocks if due else natural
+        if num_tokens < compression.next_point:
+            return natural
+        evictable = self._get_num_evictable_blocks(new_computed_blocks)
+        first = compression.plan.prompt_peak_blocks() - len(new_computed_blocks) + evictable
+        return max(first, compression.plan.later_peak_blocks(num_tokens))
 
     def allocate_new_blocks(
         self, request_id: str, num_tokens: int, num_tokens_main_model: int
     ) -> list[KVCacheBlock]:
         blocks = super().allocate_new_blocks(request_id, num_tokens, num_tokens_main_model)
-        if not self._arena_due(request_id, num_tokens):
+        compression = self._compressions.get(request_id)
+        if compression is None or num_tokens != compression.next_point:
             return blocks
-        arena = Arena(num_tokens, self.block_pool.get_new_blocks(self._arena_blocks(request_id)))
-        self._arenas.setdefault(request_id, []).append(arena)
+        arena = Arena(num_tokens, self.block_pool.get_new_blocks(compression.plan.arena_blocks))
         self.req_to_blocks[request_id].extend(arena.blocks)
-        self._in_transit.add(request_id)
+        self._in_transit.append(request_id)
+        compression.arenas.append(arena)
+        compression.in_transit, compression.settled = True, False
+        compression.next_point = compression.plan.next_point(num_tokens)
         return blocks + arena.blocks
 
     def remove_skipped_blocks(
@@ -105,40 +151,46 @@ class PerHeadManager(FullAttentionManager):
         num_prompt_tokens: int | None = None,
     ) -> None:
         """Free what the last compression copied from, once its step has been processed."""
-        super().remove_skipped_blocks(request_id, processed_computed_tokens, num_prompt_tokens)
-        arenas = self._arenas.get(request_id)
-        if not arenas or arenas[0].point > processed_computed_tokens:
+        compression = self._compressions.get(request_id)
+        if compression is None or compression.settled:
+            return
+        arena = compression.arenas[-1]
+        if arena.point > processed_computed_tokens:
             return
         free_before = self.block_pool.get_num_free_blocks()
-        while len(arenas) > 1 and arenas[1].point <= processed_computed_tokens:
-            self.block_pool.free_blocks(reversed(arenas.pop(0).blocks))
-        tail_start = self._plans[request_id].tail_start_block(arenas[0].point)
+        for old in compression.arenas[:-1]:
+            self.block_pool.free_blocks(reversed(old.blocks))
+        tail_start = compression.plan.tail_start_block(arena.point)
         self._remove_blocks_in_range(request_id, 0, tail_start)
+        compression.arenas, compression.settled = [arena], True
         self.freed_blocks += self.block_pool.get_num_free_blocks() - free_before
 
     def cache_blocks(self, request: Request, num_tokens: int, *args: Any, **kwargs: Any) -> None:
         """Publish blocks for prefix caching, but none that saw a compressed context."""
-        plan = self._plans.get(request.request_id)
-        if plan is not None and plan.first_point is not None:
-            num_tokens = min(num_tokens, plan.first_point)
+        compression = self._compressions.get(request.request_id)
+        if compression is not None and compression.plan.first_point is not None:
+            num_tokens = min(num_tokens, compression.plan.first_point)
         super().cache_blocks(request, num_tokens, *args, **kwargs)
 
     def pop_blocks_for_free(self, request_id: str) -> list[KVCacheBlock]:
-        arenas = self._arenas.pop(request_id, [])
-        if request_id in self._in_transit:
-            self._in_transit.discard(request_id)
-            arenas.pop()  # still at the end of req_to_blocks
         blocks = super().pop_blocks_for_free(request_id)
-        return blocks + [block for arena in arenas for block in arena.blocks]
+        compression = self._compressions.get(request_id)
+        if compression is None:
+            return blocks
+        for arena in self._arenas_apart(compression):
+            blocks = blocks + arena.blocks
+        if compression.in_transit:
+            self._in_transit.remove(request_id)
+        compression.restart()
+        return blocks
 
     def blocks_held(self, request_id: str) -> int:
         """Blocks this request holds right now, its arenas included, null blocks not."""
-        natural = self.req_to_blocks.get(request_id, [])
-        held = sum(not block.is_null for block in natural)
-        arenas = self._arenas.get(request_id, [])
-        if request_id in self._in_transit:
-            arenas = arenas[:-1]
-        return held + sum(len(arena.blocks) for arena in arenas)
+        held = sum(not block.is_null for block in self.req_to_blocks.get(request_id, []))
+        compression = self._compressions.get(request_id)
+        if compression is not None:
+            held += sum(len(arena.blocks) for arena in self._arenas_apart(compression))
+        return held
 
     def check_integrity(self) -> None:
         """Raise unless every block is free or held, and no arena block is held twice.
@@ -147,33 +199,31 @@ class PerHeadManager(FullAttentionManager):
             RuntimeError: with both sides of the equation that does not hold.
         """
         pool = self.block_pool
-        referenced = {block.block_id for block in pool.blocks if block.ref_cnt and not block.is_null}
+        held = (block for block in pool.blocks if block.ref_cnt and not block.is_null)
+        referenced = {block.block_id for block in held}
         free, total = pool.get_num_free_blocks(), pool.num_gpu_blocks - 1
         if free + len(referenced) != total:
             raise RuntimeError(f"{free} free + {len(referenced)} held blocks != {total} in all")
-        arenas = [b.block_id for list_ in self._arenas.values() for a in list_ for b in a.blocks]
-        natural = {
+        ids = [block.block_id for blocks in self.req_to_blocks.values() for block in blocks]
+        natural = set(ids) - {self._null_block.block_id}
+        arenas = [
             block.block_id
-            for request_id, blocks in self.req_to_blocks.items()
-            for block in (blocks[: -self._arena_blocks(request_id)]
-                          if request_id in self._in_transit else blocks)
-            if not block.is_null
-        }  # fmt: skip
+            for compression in self._compressions.values()
+            for arena in self._arenas_apart(compression)
+            for block in arena.blocks
+        ]
         if len(set(arenas)) != len(arenas) or natural & set(arenas):
-            twice = natural & set(arenas) or sorted(arenas)
-            raise RuntimeError(f"{len(arenas)} arena blocks are not {len(arenas)} owned: {twice}")
+            raise RuntimeError(
+                f"{len(arenas)} arena blocks are {len(set(arenas))} blocks, of which "
+                f"{len(natural & set(arenas))} are natural blocks too"
+            )
         if stray := (natural | set(arenas)) - referenced:
             raise RuntimeError(f"{len(stray)} blocks are held by requests but free in the pool")
 
-    def _arena_blocks(self, request_id: str) -> int:
-        return self._plans[request_id].arena_blocks
-
-    def _arena_due(self, request_id: str, num_tokens: int) -> bool:
-        plan = self._plans.get(request_id)
-        if plan is None or not plan.is_point(num_tokens):
-            return False
-        arenas = self._arenas.get(request_id)
-        return not arenas or arenas[-1].point < num_tokens
+    @staticmethod
+    def _arenas_apart(compression: Compression) -> list[Arena]:
+        """The arenas that are not in `req_to_blocks`."""
+        return compression.arenas[:-1] if compression.in_transit else compression.arenas
 
 
 def manager_of(kv_cache_manager: Any) -> PerHeadManager:

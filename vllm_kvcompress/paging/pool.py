@@ -29,7 +29,9 @@ class PageFormat:
     values: Tensor
 
     @staticmethod
-    def probe(write: WritePage, page_tokens: int, head_size: int, dtype: torch.dtype) -> "PageFormat":
+    def probe(
+        write: WritePage, page_tokens: int, head_size: int, dtype: torch.dtype
+    ) -> "PageFormat":
         """Write pages whose elements spell their own coordinates and find each element again.
 
         Digits to base 64 are exact in every cache dtype.

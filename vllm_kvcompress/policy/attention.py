@@ -79,7 +79,7 @@ class AttentionScorer(Scorer):
         logits = torch.bmm(queries[heads].flatten(1, 2), keys.transpose(1, 2))
         logits = logits.view(*queries[heads].shape[:3], obs.tokens)  # [H, G, w, n]
         positions = obs.positions if obs.positions.dim() == 1 else obs.positions[heads]
-        _hide_future(logits, positions, obs.query_positions)
+        _hide_future(logits, positions, obs.query_positions, padded=obs.valid is not None)
         if obs.valid is not None:
             logits.masked_fill_(~obs.valid[heads, None, None], -torch.inf)
         attention = torch.softmax(logits, dim=-1, out=logits)
@@ -99,11 +99,15 @@ class AttentionScorer(Scorer):
         return pool(padded, self.pool_tokens, stride=1)
 
 
-def _hide_future(logits: Tensor, positions: Tensor, query_positions: Tensor) -> None:
-    """Put `-inf` where a key comes after the query; logits `[H, G, w, n]`, in place."""
-    future = positions[..., None, :] > query_positions[:, None]  # [w, n] or [H, w, n]
-    start = 0
-    if logits.device.type == "cpu":  # a host read is free here, a pass over all logits is not
-        columns = future.flatten(0, -2).any(dim=0).nonzero()
-        start = int(columns[0]) if len(columns) else logits.shape[-1]
-    logits[..., start:].masked_fill_(future[..., start:].unsqueeze(-3), -torch.inf)
+def _hide_future(
+    logits: Tensor, positions: Tensor, query_positions: Tensor, padded: bool
+) -> None:
+    """Put `-inf` where a key comes after the query; logits `[H, G, w, n]`, in place.
+
+    Positions ascend and the queries are the newest, so where all heads share their positions
+    and no padding stands last, only the last w keys can come after a query.
+    """
+    shared = positions.dim() == 1 and not padded
+    start = max(0, logits.shape[-1] - len(query_positions)) if shared else 0
+    future = positions[..., None, start:] > query_positions[:, None]  # [w, w] or [H, w, n]
+    logits[..., start:].masked_fill_(future.unsqueeze(-3), -torch.inf)
