@@ -36,16 +36,18 @@ $(INSTALLED): pyproject.toml setup.py requirements/cpu.lock requirements/dev.loc
 
 ifeq ($(MODEL),$(DEMO))
 NAME := demo
+SERVED_AS := --served-model-name $(NAME) --dtype float32
 serve: export VLLM_CPU_KVCACHE_SPACE ?= 1
 else
 NAME := $(MODEL)
+SERVED_AS := --served-model-name $(NAME)
 endif
 EXAMPLE = $(VENV)/bin/python -m vllm_kvcompress.bench.demo_model.request --port $(PORT) --model $(NAME)
 
 serve: install
 	@$(EXAMPLE)
 	@$(EXAMPLE) --when-ready & \
-	exec $(VENV)/bin/vllm serve $(MODEL) --kv-compress --served-model-name $(NAME) --port $(PORT) $(ARGS)
+	exec $(VENV)/bin/vllm serve $(MODEL) --kv-compress $(SERVED_AS) --port $(PORT) $(ARGS)
 
 test: install
 	$(VENV)/bin/pytest $(ARGS)

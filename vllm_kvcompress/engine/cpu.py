@@ -53,7 +53,7 @@ class PerHeadMetadataBuilder(CPUAttentionMetadataBuilder):
             heads, captures = self.step_view.lay_out(common_attn_metadata)
         common = common_attn_metadata
         if heads is not None:
-            common = common.replace(seq_lens=_stubbed(common, heads.rows))
+            common = common.replace(seq_lens=_stubbed(common, heads.sequences.rows))
         plain = super().build(common_prefix_len, common, fast_build)
         return PerHeadMetadata(**vars(plain), heads=heads, captures=captures)
 
@@ -93,7 +93,7 @@ class PerHeadAttentionImpl(CPUAttentionBackendImpl):
         for capture in attn_metadata.captures:
             capture.take(self.pool_layer, query)
         heads = attn_metadata.heads
-        if heads is None or len(heads.rows) < len(attn_metadata.seq_lens):
+        if heads is None or len(heads.sequences.rows) < len(attn_metadata.seq_lens):
             plain(output_scale, output_block_scale)
         if heads is not None:
             self._attend_per_head(layer, query, output, heads)
@@ -105,8 +105,8 @@ class PerHeadAttentionImpl(CPUAttentionBackendImpl):
         """Overwrite the compressed rows of `output [T, Hq, D]`."""
         assert self.pool is not None
         group, size = self.num_queries_per_kv, self.head_size
-        per_head = (self.num_kv_heads, group)
-        queries = query.unflatten(1, per_head)[heads.tokens, heads.lanes]
+        per_head, where = (self.num_kv_heads, group), heads.sequences
+        queries = query.unflatten(1, per_head)[where.tokens, where.lanes]
         attended = torch.empty_like(queries)
         seq_lens = heads.seq_lens[self.pool_layer]
         keys, values = self.pool.cache.view(-1, 1, 2 * self.pool.page_tokens, size).chunk(2, dim=2)
@@ -118,7 +118,7 @@ class PerHeadAttentionImpl(CPUAttentionBackendImpl):
             head_dim=size,
             seq_lens=seq_lens,
             dtype=query.dtype,
-            query_start_loc=heads.query_start_loc,
+            query_start_loc=where.query_start_loc,
             causal=True,
             sliding_window_size=-1,
             isa=isa,
@@ -130,7 +130,7 @@ class PerHeadAttentionImpl(CPUAttentionBackendImpl):
             key_cache=keys,
             value_cache=values,
             output=attended,
-            query_start_loc=heads.query_start_loc,
+            query_start_loc=where.query_start_loc,
             seq_lens=seq_lens,
             scale=self.scale,
             causal=True,
@@ -142,7 +142,7 @@ class PerHeadAttentionImpl(CPUAttentionBackendImpl):
             s_aux=None,
             kv_cache_dtype=self.kv_cache_dtype,
         )
-        output.unflatten(1, per_head)[heads.tokens, heads.lanes] = attended
+        output.unflatten(1, per_head)[where.tokens, where.lanes] = attended
 
 
 class PerHeadCPUBackend(CPUAttentionBackend):

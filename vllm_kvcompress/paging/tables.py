@@ -29,6 +29,7 @@ class PageTables:
         self.tables = torch.zeros((*shape, 0), dtype=torch.int32)
         self.kept = torch.zeros(shape, dtype=torch.int32)
         self._pages = torch.zeros(shape, dtype=torch.int64)  # arena pages per head
+        self._most_pages = np.zeros(0, dtype=np.int64)  # of any head
         self._requests: list[str] = []
         self._slots: dict[str, int] = {}
         self._tail_start = np.zeros(0, dtype=np.int64)  # tokens before each slot's tail
@@ -66,6 +67,7 @@ class PageTables:
         row = self.tables[:, slot, :, :most]
         row.masked_scatter_(torch.arange(most) < pages[..., None], arena_pages.to(torch.int32))
         self._pages[:, slot] = pages
+        self._most_pages[slot] = most
         self.kept[:, slot] = (pages * self._pool.page_tokens).to(torch.int32)
         self._tail_start[slot] = tail_start
         self._tail_blocks[slot] = 0
@@ -83,8 +85,8 @@ class PageTables:
             self._slots[moved] = hole
             for rows in (self.tables, self.kept, self._pages):
                 rows[:, hole] = rows[:, last]
-            self._tail_start[hole] = self._tail_start[last]
-            self._tail_blocks[hole] = self._tail_blocks[last]
+            for column in (self._most_pages, self._tail_start, self._tail_blocks):
+                column[hole] = column[last]
 
     def extend(self, slots: np.ndarray, ends: np.ndarray, block_ids: Sequence[list[int]]) -> Tensor:
         """Enter the tail blocks that positions `0 .. ends` need; returns the tail's tokens.
@@ -100,18 +102,30 @@ class PageTables:
         page_tokens = self._pool.page_tokens
         tails = ends - self._tail_start[slots]
         needed = -(-tails // page_tokens)
-        missing = needed > self._tail_blocks[slots]
-        for row in np.flatnonzero(missing):
-            slot = int(slots[row])
-            first = int(self._tail_start[slot]) // page_tokens
-            have, want = int(self._tail_blocks[slot]), int(needed[row])
-            new = torch.tensor(block_ids[row][first + have : first + want])
-            self._reserve(len(self), int(self._pages[:, slot].max()) + want)
-            column = self._pages[:, slot, :, None] + torch.arange(have, want)
-            ids = self._pool.page_ids(new).to(torch.int32)
-            self.tables[:, slot].scatter_(2, column, ids)
-            self._tail_blocks[slot] = want
+        entered = self._tail_blocks[slots]
+        new_slots: list[int] = []
+        new_columns: list[int] = []  # behind the arena
+        new_blocks: list[int] = []
+        for row in np.flatnonzero(needed > entered):
+            have, want = int(entered[row]), int(needed[row])
+            first = int(self._tail_start[slots[row]]) // page_tokens
+            new_slots += [int(slots[row])] * (want - have)
+            new_columns += range(have, want)
+            new_blocks += block_ids[row][first + have : first + want]
+        if new_slots:
+            self._tail_blocks[slots] = np.maximum(entered, needed)
+            self._enter(new_slots, new_columns, new_blocks)
         return torch.from_numpy(tails.astype(np.int32))
+
+    def _enter(self, slots: list[int], columns: list[int], blocks: list[int]) -> None:
+        """Write the natural pages of M blocks, each into column `columns` behind its arena."""
+        self._reserve(len(self), int((self._most_pages[slots] + columns).max()) + 1)
+        ids = self._pool.page_ids(torch.tensor(blocks)).movedim(2, 1)  # [L, M, H]
+        slot = torch.tensor(slots)[:, None]
+        column = self._pages[:, slots] + torch.tensor(columns)[:, None]
+        layer = torch.arange(self._pool.num_layers)[:, None, None]
+        head = torch.arange(self.num_heads)
+        self.tables[layer, slot, head, column] = ids.to(torch.int32)
 
     def arena(self, request_id: str) -> tuple[Tensor, Tensor]:
         """A request's kept pages, int64 `[L, H]`, and their ids padded with 0, `[L, H, P]`."""
@@ -147,6 +161,7 @@ class PageTables:
         self.tables = _grown(self.tables, (layers, slots, heads, width))
         self.kept = _grown(self.kept, (layers, slots, heads))
         self._pages = _grown(self._pages, (layers, slots, heads))
+        self._most_pages = np.resize(self._most_pages, slots)
         self._tail_start = np.resize(self._tail_start, slots)
         self._tail_blocks = np.resize(self._tail_blocks, slots)
 
