@@ -20,6 +20,15 @@ DEFAULT_PRESET = "kv-compress"
 MAX_RATE = 1024
 REQUEST_PREFIX = "kv_compress"
 REQUEST_KEYS = ("kv_compress", "kv_compress_rate", "kv_compress_budget")
+REFUSAL_REASONS = ("unknown_preset", "unknown_knob", "rate_and_budget", "bad_rate", "bad_budget")
+
+
+class KnobError(ValueError):
+    """A request's knob that is refused: `knob` is its key, `reason` a short label for counters."""
+
+    def __init__(self, knob: str, reason: str, message: str) -> None:
+        super().__init__(message)
+        self.knob, self.reason = knob, reason
 
 
 class _Model(BaseModel):
@@ -109,37 +118,48 @@ class EngineConfig(_Model):
             max_tokens: the largest budget allowed, the model's context length.
 
         Raises:
-            ValueError: naming the key, the value and what is allowed.
+            KnobError: a `ValueError` naming the key, the value and what is allowed.
         """
-        knobs = {k: v for k, v in (xargs or {}).items() if k.startswith(REQUEST_PREFIX)}
-        for key in knobs:
+        knobs = {k: v for k, v in (xargs or {}).items() if str(k).startswith(REQUEST_PREFIX)}
+        for key, value in knobs.items():
             if key not in REQUEST_KEYS and (key.startswith(REQUEST_PREFIX + "_")):
-                raise ValueError(
-                    f"{shorten(key)} is not a knob of kv-compress; known: {', '.join(REQUEST_KEYS)}"
+                raise KnobError(
+                    key,
+                    "unknown_knob",
+                    f"{shorten(key)} (given {shorten(value)}) is not a knob of kv-compress; "
+                    f"known: {', '.join(REQUEST_KEYS)}",
                 )
         changes: dict[str, Any] = {"force_arena": self.test_force_arena}
         name = knobs.get("kv_compress", self.preset)
         presets = self.known_presets()
         if not isinstance(name, str) or (name != OFF and name not in presets):
-            raise ValueError("kv_compress: " + unknown_preset(name, presets))
+            raise KnobError(
+                "kv_compress", "unknown_preset", "kv_compress: " + unknown_preset(name, presets)
+            )
         rate, budget = knobs.get("kv_compress_rate"), knobs.get("kv_compress_budget")
         if rate is not None and budget is not None:
-            raise ValueError(
+            raise KnobError(
+                "kv_compress_rate",
+                "rate_and_budget",
                 "kv_compress_rate and kv_compress_budget exclude each other: give one of them "
-                f"(got {shorten(rate)} and {shorten(budget)})"
+                f"(got {shorten(rate)} and {shorten(budget)})",
             )
         if "kv_compress_rate" in knobs:
             if not _is_number(rate) or not 1 <= rate <= MAX_RATE:
-                raise ValueError(
+                raise KnobError(
+                    "kv_compress_rate",
+                    "bad_rate",
                     f"kv_compress_rate={shorten(rate)} is not allowed: give a number from 1 "
-                    f"(keep everything) to {MAX_RATE} (keep a {MAX_RATE}th)"
+                    f"(keep everything) to {MAX_RATE} (keep a {MAX_RATE}th)",
                 )
             changes |= {"rate": float(rate), "budget_tokens": None}
         if "kv_compress_budget" in knobs:
             if not _is_number(budget) or not 1 <= budget <= max_tokens or budget != int(budget):
-                raise ValueError(
+                raise KnobError(
+                    "kv_compress_budget",
+                    "bad_budget",
                     f"kv_compress_budget={shorten(budget)} is not allowed: give a whole number of "
-                    f"tokens from 1 to {max_tokens}"
+                    f"tokens from 1 to {max_tokens}",
                 )
             changes |= {"budget_tokens": int(budget)}
         return None if name == OFF else presets[name].settings(**changes)
@@ -154,6 +174,14 @@ class EngineConfig(_Model):
             return self.request_settings(xargs, max_tokens=2**31)
         except ValueError:
             return None
+
+
+def wants_compression(additional_config: Any) -> bool:
+    """Whether vLLM's `additional_config` turns compression on; null and false do not."""
+    if not isinstance(additional_config, Mapping):
+        return False
+    value = additional_config.get("kv_compress")
+    return value is not None and value is not False
 
 
 def parse_engine_config(raw: Any) -> EngineConfig:

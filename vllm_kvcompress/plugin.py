@@ -1,37 +1,57 @@
 """The door: what vLLM loads through `vllm.general_plugins`, in every process.
 
 Three wrappers, each undone by nothing and doing nothing while the flag is off; `docs/compat.md`
-names them and a test counts them.
+names them and a test counts them. Two more are installed by the first engine that compresses
+(`vllm_kvcompress/serving/attach.py`), and see to that engine only.
 """
 
-import functools
 from collections.abc import Callable
 from typing import Any
 
-MARK = "__kv_compress__"
+from vllm_kvcompress.wrapping import wrap
 
 
 def register() -> None:
     """Wrap `EngineArgs.add_cli_args`, `.from_cli_args` and `.create_engine_config`, once."""
     from vllm.engine.arg_utils import EngineArgs
 
-    if hasattr(EngineArgs.create_engine_config, MARK):
-        return
-    EngineArgs.create_engine_config = _wrapped(EngineArgs.create_engine_config, _create_engine_config)
+    wrap(EngineArgs, "add_cli_args", _add_cli_args)
+    wrap(EngineArgs, "from_cli_args", _from_cli_args)
+    wrap(EngineArgs, "create_engine_config", _create_engine_config)
 
 
-def _wrapped(original: Callable[..., Any], around: Callable[..., Any]) -> Callable[..., Any]:
-    @functools.wraps(original)
-    def wrapper(*args: Any, **kwargs: Any) -> Any:
-        return around(original, *args, **kwargs)
+def _add_cli_args(original: Callable[..., Any], parser: Any, *args: Any, **kwargs: Any) -> Any:
+    parser = original(parser, *args, **kwargs)
+    from vllm_kvcompress.serving.flags import add_flags
 
-    setattr(wrapper, MARK, True)
-    return wrapper
+    add_flags(parser)
+    return parser
 
 
-def _create_engine_config(original: Callable[..., Any], self: Any, *args: Any, **kwargs: Any) -> Any:
-    if not (self.additional_config or {}).get("kv_compress"):
+def _from_cli_args(original: Callable[..., Any], cls: type, args: Any) -> Any:
+    from vllm_kvcompress.serving.flags import apply_flags
+
+    is_on = apply_flags(args)
+    engine_args = original(cls, args)
+    if is_on:
+        engine_args.kv_compress_from_cli = True
+    return engine_args
+
+
+def _create_engine_config(
+    original: Callable[..., Any], self: Any, *args: Any, **kwargs: Any
+) -> Any:
+    from vllm_kvcompress.config import wants_compression
+
+    if not wants_compression(self.additional_config):
         return original(self, *args, **kwargs)
+    from vllm_kvcompress.engine.refusals import StartupError
     from vllm_kvcompress.engine.setup import configured
+    from vllm_kvcompress.serving.flags import stop
 
-    return configured(original, self, *args, **kwargs)
+    try:
+        return configured(original, self, *args, **kwargs)
+    except StartupError as error:
+        if getattr(self, "kv_compress_from_cli", False):
+            stop(error)
+        raise

@@ -73,6 +73,16 @@ class PerHeadAttentionImpl(CPUAttentionBackendImpl):
     pool_layer: int = 0
 
     def bind(self, pool: PagePool, pool_layer: int) -> None:
+        """Learn which layer of the pool this is.
+
+        Raises:
+            ValueError: the layer's attention is not what start-up took it for.
+        """
+        if self.sinks is not None or self.alibi_slopes is not None or self.sliding_window != -1:
+            raise ValueError(
+                f"kv-compress does not work with layer {pool_layer} yet: it has attention sinks, "
+                "ALiBi or a sliding window; leave compression out"
+            )
         self.pool, self.pool_layer = pool, pool_layer
 
     def forward(

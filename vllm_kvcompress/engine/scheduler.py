@@ -66,17 +66,19 @@ class _PerHead(Scheduler):
     ) -> int:
         """End a chunk at the next compression point, so that what follows sees the kept pages.
 
-        One compression is in flight per request at most: its sources must be free before
-        the next one takes blocks.
+        While a compression is in flight its sources are held: until they are free, only a single
+        token goes on, and no further compression starts.
         """
         num_new_tokens = super()._reserve_prefill_lookahead(
             request, num_computed_tokens, num_new_tokens
         )
+        processed = num_computed_tokens - request.num_in_flight_tokens
+        waits = self.per_head.is_compressing(request.request_id, processed)
+        if waits:
+            num_new_tokens = min(num_new_tokens, 1)
         point = self.per_head.next_point(request.request_id)
         if point is None or num_computed_tokens + num_new_tokens < point:
             return num_new_tokens
-        processed = num_computed_tokens - request.num_in_flight_tokens
-        waits = self.per_head.is_compressing(request.request_id, processed)
         return point - num_computed_tokens - waits
 
     def _update_after_schedule(self, scheduler_output: SchedulerOutput) -> None:

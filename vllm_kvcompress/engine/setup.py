@@ -1,18 +1,28 @@
 """The one place that turns `additional_config["kv_compress"]` into an engine configuration.
 
 Chooses worker, scheduler, block size and runner, and refuses what is not supported, one line
-each, before any process starts.
+each (`engine/refusals.py`), before any process starts.
 """
 
 import os
 from collections.abc import Callable
 from typing import Any
 
+import vllm
 from vllm.config import VllmConfig
 from vllm.platforms import current_platform
 
 from vllm_kvcompress.config import EngineConfig, parse_engine_config
+from vllm_kvcompress.engine.refusals import (
+    AFTER,
+    BEFORE,
+    StartupError,
+    refuse,
+    refuse_platform,
+    refuse_version,
+)
 from vllm_kvcompress.policy.registry import build
+from vllm_kvcompress.serving.attach import attach
 
 CPU_BLOCK_TOKENS = 32
 CPU_WORKER = "vllm_kvcompress.engine.cpu.KVCompressCPUWorker"
@@ -26,11 +36,13 @@ def configured(
     """`EngineArgs.create_engine_config` with compression on.
 
     Raises:
-        ValueError: the setting is wrong, or the model or another feature is not supported.
+        StartupError: a `ValueError`: the setting is wrong, or the model or another feature is
+            not supported.
     """
-    config = parse_engine_config(engine_args.additional_config["kv_compress"])
-    for preset in config.known_presets().values():
-        build(preset)
+    refuse_version(vllm.__version__)
+    refuse_platform(current_platform)
+    refuse(BEFORE, engine_args)
+    config = _checked(engine_args.additional_config["kv_compress"])
     engine_args.additional_config = {
         **engine_args.additional_config,
         "kv_compress": config.to_dict(),
@@ -40,11 +52,21 @@ def configured(
     if engine_args.block_size is None and current_platform.is_cpu():
         engine_args.block_size = CPU_BLOCK_TOKENS
     vllm_config = original(engine_args, *args, **kwargs)
+    engine_args.worker_cls = "auto"
+    refuse(AFTER, vllm_config)
     scheduler_config = vllm_config.scheduler_config
     scheduler_config.scheduler_cls = (
         ASYNC_SCHEDULER if scheduler_config.async_scheduling else SCHEDULER
     )
+    attach()
     return vllm_config
 
 
-__all__ = ["EngineConfig", "configured"]
+def _checked(raw: Any) -> EngineConfig:
+    try:
+        config = parse_engine_config(raw)
+        for preset in config.known_presets().values():
+            build(preset)
+    except ValueError as error:
+        raise StartupError(" ".join(str(error).split())) from None
+    return config

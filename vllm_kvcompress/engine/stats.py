@@ -81,6 +81,8 @@ class Totals:
     recent: deque[RequestRecord] = field(default_factory=lambda: deque(maxlen=RECENT_REQUESTS))
     _compressed: set[str] = field(default_factory=set)
     _changed: bool = False
+    _sent: dict[str, Any] = field(default_factory=dict)
+    _number: int = 0
 
     def compressed(self, record: RequestRecord) -> None:
         if record.request_id not in self._compressed:
@@ -114,15 +116,27 @@ class Totals:
         return self._changed
 
     def snapshot(self) -> dict[str, Any]:
-        """Counters since start-up, and the `seconds` of compressions since the last snapshot."""
+        """Counters since start-up, and the `seconds` of compressions since the last snapshot.
+
+        vLLM hands each snapshot to one of the API processes, whichever has an answer coming. So
+        it is numbered, and brings along `before`, the counters of the snapshot before it: any
+        process can count the difference without having seen the others.
+        """
         seconds, self.seconds, self._changed = self.seconds, [], False
-        return {
+        counters: dict[str, Any] = {
             "requests": [[*key, count] for key, count in self.requests.items()],
             "prompt_tokens": dict(self.prompt_tokens),
             "held_tokens": dict(self.held_tokens),
             "recompressions": self.recompressions,
             "blocks_freed": self.blocks_freed,
             "pages_freed": self.blocks_freed * self.pages_per_block,
+        }
+        before, self._sent = self._sent, counters
+        self._number += 1
+        return {
+            **counters,
+            "before": before,
+            "number": self._number,
             "seconds": seconds,
             "recent": [asdict(record) for record in self.recent],
         }

@@ -1,0 +1,189 @@
+"""What compression does not work with is refused at start-up, in one line that says what to do."""
+
+from types import SimpleNamespace as Bag
+
+import pytest
+from vllm.config import KVTransferConfig
+from vllm.engine.arg_utils import EngineArgs
+
+from vllm_kvcompress.engine.refusals import (
+    AFTER,
+    BEFORE,
+    StartupError,
+    refuse,
+    refuse_platform,
+    refuse_version,
+)
+from vllm_kvcompress.plugin import register
+
+MODEL = "vllm_kvcompress/demo_model"
+
+
+def engine_args(**changes) -> EngineArgs:
+    register()
+    plain = {
+        "model": MODEL,
+        "max_model_len": 4096,
+        "enforce_eager": True,
+        "additional_config": {"kv_compress": True},
+    }
+    return EngineArgs(**{**plain, **changes})
+
+
+def fake_config(text=(), model=(), cache=(), parallel=(), **own) -> Bag:
+    """The parts of a `VllmConfig` that the rows look at, of a plain decoder."""
+    text_config = Bag(**dict(text))
+    plain = {
+        "runner_type": "generate",
+        "is_encoder_decoder": False,
+        "is_attention_free": False,
+        "is_hybrid": False,
+        "is_diffusion": False,
+        "use_mla": False,
+        "uses_alibi": False,
+        "architectures": ["LlamaForCausalLM"],
+        "hf_text_config": text_config,
+        "get_sliding_window": lambda: getattr(text_config, "sliding_window", None),
+    }
+    return Bag(
+        model_config=Bag(**{**plain, **dict(model)}),
+        cache_config=Bag(
+            **{
+                "cache_dtype": "auto",
+                "kv_sharing_fast_prefill": False,
+                "prefix_match_unit": None,
+                "block_size": 32,
+                **dict(cache),
+            }
+        ),
+        parallel_config=Bag(
+            **{
+                "decode_context_parallel_size": 1,
+                "prefill_context_parallel_size": 1,
+                "pipeline_parallel_size": 1,
+                **dict(parallel),
+            }
+        ),
+        speculative_config=own.get("speculative_config"),
+        kv_transfer_config=own.get("kv_transfer_config"),
+    )
+
+
+REFUSED = {
+    "pooling": (dict(model={"runner_type": "pooling"}), "pooling models"),
+    "whisper": (dict(model={"is_encoder_decoder": True}), "cross-attention"),
+    "mamba": (dict(model={"is_attention_free": True}), "without attention"),
+    "jamba": (dict(model={"is_hybrid": True}), "hybrid models"),
+    "deepseek": (dict(model={"use_mla": True}), r"\(MLA\)"),
+    "bloom": (dict(model={"uses_alibi": True}), "ALiBi"),
+    "gpt-oss": (dict(model={"architectures": ["GptOssForCausalLM"]}), "attention sinks"),
+    "mimo": (dict(text={"add_swa_attention_sink_bias": True}), "attention sinks"),
+    "mistral": (dict(text={"sliding_window": 4096}), "a window of 4096 tokens"),
+    "gemma": (
+        dict(text={"layer_types": ["full_attention", "sliding_attention"]}),
+        r"chunked attention \(sliding_attention\)",
+    ),
+    "llama4": (dict(text={"attention_chunk_size": 8192}), "chunks of 8192 tokens"),
+    "gemma3n": (dict(text={"num_kv_shared_layers": 15}), "share their KV cache"),
+    "openelm": (dict(text={"num_key_value_heads": [3, 3, 4]}), "different numbers of KV heads"),
+    "nemotron": (dict(text={"block_configs": [{}]}), "different numbers of KV heads"),
+    "speculation": (dict(speculative_config=object()), "drop --speculative-config"),
+    "fp8": (dict(cache={"cache_dtype": "fp8_e4m3"}), "--kv-cache-dtype fp8_e4m3"),
+    "fast prefill": (dict(cache={"kv_sharing_fast_prefill": True}), "kv-sharing-fast-prefill"),
+    "hash unit": (dict(cache={"prefix_match_unit": 16}), "every 16 tokens"),
+    "connector": (dict(kv_transfer_config=Bag(kv_connector="NixlConnector")), "NixlConnector"),
+    "DCP": (dict(parallel={"decode_context_parallel_size": 2}), "decode context .*2 ranks"),
+    "PP": (dict(parallel={"pipeline_parallel_size": 2}), "pipeline .*2 ranks"),
+    "PCP": (dict(parallel={"prefill_context_parallel_size": 2}), "prefill context .*2 ranks"),
+}
+
+
+@pytest.mark.parametrize(("changes", "says"), REFUSED.values(), ids=REFUSED.keys())
+def test_a_combination_is_refused_in_one_line(changes, says) -> None:
+    with pytest.raises(StartupError, match=says) as caught:
+        refuse(AFTER, fake_config(**changes))
+    message = str(caught.value)
+    assert message.startswith("kv-compress does not work with ") and " yet: " in message
+    assert "\n" not in message and len(message) < 250
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        dict(text={"layer_types": ["full_attention"] * 4, "num_kv_shared_layers": 0}),
+        dict(text={"num_key_value_heads": 4, "sliding_window": None}),
+        dict(cache={"cache_dtype": "bfloat16", "prefix_match_unit": 32}),
+    ],
+)
+def test_a_plain_decoder_is_welcome(changes) -> None:
+    refuse(AFTER, fake_config(**changes))
+
+
+@pytest.mark.parametrize(
+    ("changes", "says"),
+    [
+        (dict(worker_cls="my.Worker"), r"--worker-cls my\.Worker"),
+        (dict(scheduler_cls="my.Scheduler"), r"--scheduler-cls my\.Scheduler"),
+        (dict(hf_overrides={"sliding_window": 512}), "a window of 512 tokens"),
+        (
+            dict(
+                kv_transfer_config=KVTransferConfig(
+                    kv_connector="ExampleConnector", kv_role="kv_both"
+                )
+            ),
+            "ExampleConnector",
+        ),
+        (dict(prefix_match_unit=16), "every 16 tokens"),
+        (dict(additional_config={"kv_compress": "nope"}), "unknown preset 'nope'"),
+        (dict(additional_config={"kv_compress": [1]}), "must be true, a preset"),
+        (
+            dict(additional_config={"kv_compress": {"scorer": {"name": "mine"}}}),
+            "unknown scorer 'mine'",
+        ),
+    ],
+)
+def test_a_real_configuration_is_refused(changes, says) -> None:
+    with pytest.raises(ValueError, match=says) as caught:
+        engine_args(**changes).create_engine_config()
+    assert isinstance(caught.value, StartupError) and "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("variable", "says"),
+    [("VLLM_USE_V2_MODEL_RUNNER", "V2 model runner"), ("VLLM_USE_RUST_FRONTEND", "Rust")],
+)
+def test_an_environment_that_contradicts_is_refused(monkeypatch, variable, says) -> None:
+    monkeypatch.setenv(variable, "1")
+    with pytest.raises(StartupError, match=f"{says}.*: .*unset {variable}"):
+        refuse(BEFORE, engine_args())
+
+
+@pytest.mark.parametrize("version", ["0.31.2", "0.33.0", "0.320.0", "1.0", "dev"])
+def test_another_vllm_is_refused(version) -> None:
+    with pytest.raises(StartupError, match=rf"found {version}: install vllm==0\.32\.\*"):
+        refuse_version(version)
+
+
+@pytest.mark.parametrize("version", ["0.32.0", "0.32.1", "0.32.0+cpu", "0.32.1rc1"])
+def test_every_patch_release_is_welcome(version) -> None:
+    refuse_version(version)
+
+
+def test_another_device_is_refused() -> None:
+    with pytest.raises(StartupError, match="CUDA support is not built yet"):
+        refuse_platform(Bag(is_cpu=lambda: False, device_name="cuda"))
+
+
+@pytest.mark.parametrize("off", [None, False])
+def test_off_is_plain_vllm(off) -> None:
+    config = engine_args(additional_config={"kv_compress": off}).create_engine_config()
+    assert config.scheduler_config.scheduler_cls is None
+    assert "kvcompress" not in config.parallel_config.worker_cls
+
+
+def test_the_same_arguments_can_be_configured_twice() -> None:
+    args = engine_args()
+    first, second = args.create_engine_config(), args.create_engine_config()
+    assert first.compute_hash() == second.compute_hash()
+    assert first.cache_config.block_size == 32

@@ -1,0 +1,123 @@
+"""`vllm-kvcompress presets | verify`: what there is to choose, and whether it works."""
+
+import json
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from vllm_kvcompress.config import DEFAULT_PRESET, MAX_RATE, Preset, shipped_presets
+from vllm_kvcompress.verify import CannotVerify, Report, verify_server
+
+app = typer.Typer(
+    name="vllm-kvcompress",
+    help="Compress the KV caches of vLLM per attention head. Start a server with "
+    "`vllm serve MODEL --kv-compress`, then try `vllm-kvcompress verify`.",
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode="markdown",
+    pretty_exceptions_enable=False,
+)
+OK, NOT_COMPRESSED, CANNOT_TELL = 0, 1, 2
+
+
+@app.callback()
+def main() -> None:
+    """Keep `presets` a command of its own while there are few."""
+
+
+@app.command()
+def presets(
+    as_json: Annotated[bool, typer.Option("--json", help="Every field, as JSON.")] = False,
+) -> None:
+    """List the presets for `--kv-compress PRESET` and for a request's `kv_compress`.
+
+    To change one: `--kv-compress snapkv --kv-compress-config '{"rate": 4}'`. To write your own:
+    copy a file of configs/ and give it to `--kv-compress FILE.yaml`.
+    """
+    shipped = shipped_presets()
+    if as_json:
+        plain = [preset.model_dump(mode="json") for preset in shipped.values()]
+        typer.echo(json.dumps(plain, indent=2))
+        return
+    table = Table("preset", "what it is", "rate", "window", "scorer", "allocator")
+    for preset in shipped.values():
+        table.add_row(*_row(preset))
+    Console().print(table)
+    typer.echo(f"The default is {DEFAULT_PRESET}; `off` compresses only where a request asks.")
+
+
+def _row(preset: Preset) -> tuple[str, ...]:
+    is_default = " *" if preset.name == DEFAULT_PRESET else ""
+    kept = f"{preset.budget_tokens} tokens" if preset.budget_tokens else f"{preset.rate:g}"
+    numbers = kept, str(preset.window_tokens)
+    return (
+        preset.name + is_default,
+        preset.description,
+        *numbers,
+        preset.scorer.name,
+        preset.allocator.name,
+    )
+
+
+@app.command()
+def verify(
+    url: Annotated[str, typer.Option(help="Where the server listens.")] = "http://localhost:8000",
+    api_key: Annotated[
+        str, typer.Option(help="As given to `vllm serve --api-key`.", envvar="VLLM_API_KEY")
+    ] = "",
+    model: Annotated[str, typer.Option(help="Served model name; default: the first.")] = "",
+    preset: Annotated[str, typer.Option(help="Default: the server's own.")] = "",
+    rate: Annotated[float, typer.Option(min=1, max=MAX_RATE, help="Compression rate.")] = 8.0,
+    tokens: Annotated[int, typer.Option(min=64, help="Length of the prompt, about.")] = 2000,
+    prompt_file: Annotated[
+        Path | None, typer.Option(exists=True, dir_okay=False, help="A prompt of your own.")
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="The report as JSON.")] = False,
+) -> None:
+    """Send a long prompt with compression off and on, and show what was freed.
+
+    Exit code 0: the server compressed it. 1: it did not. 2: no answer to judge by.
+    """
+    try:
+        report = verify_server(
+            url,
+            api_key=api_key,
+            model=model,
+            preset=preset,
+            rate=rate,
+            tokens=tokens,
+            prompt=prompt_file.read_text() if prompt_file else None,
+        )
+    except CannotVerify as error:
+        typer.echo(f"vllm-kvcompress verify: {error}", err=True)
+        raise typer.Exit(NOT_COMPRESSED if error.not_compressed else CANNOT_TELL) from None
+    typer.echo(json.dumps(report.to_dict(), indent=2) if as_json else _text(report))
+    raise typer.Exit(OK if report.compressed else NOT_COMPRESSED)
+
+
+def _text(report: Report) -> str:
+    lines = [
+        f"model         {report.model}",
+        f"prompt        {report.prompt_tokens} tokens",
+        f"answer, off   {report.answer_off!r}",
+        f"answer, on    {report.answer_on!r}",
+        f"answers       {'agree' if report.answers_agree else 'differ'}",
+    ]
+    if not report.compressed:
+        return "\n".join([*lines, f"NOT COMPRESSED: {report.reason}"])
+    return "\n".join(
+        [
+            *lines,
+            f"blocks held   {report.blocks_before} -> {report.blocks_after}",
+            f"tokens held   {report.held_tokens} of {report.prompt_tokens} per head "
+            f"({report.held_share:.1%})",
+            f"COMPRESSED by {report.preset}",
+        ]
+    )
+
+
+if __name__ == "__main__":
+    app()

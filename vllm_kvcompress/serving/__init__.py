@@ -1,0 +1,1 @@
+"""WHO sees it: flags, request checks, metrics, routes."""

@@ -1,0 +1,62 @@
+"""A request's knobs are checked in the API process, before anything reaches the engine."""
+
+from collections import Counter
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from vllm.config import VllmConfig
+from vllm.exceptions import VLLMValidationError
+
+from vllm_kvcompress.config import (
+    REQUEST_KEYS,
+    REQUEST_PREFIX,
+    KnobError,
+    parse_engine_config,
+    shorten,
+)
+from vllm_kvcompress.serving.metrics import refusals_counter
+
+PARAMETER_CHARACTERS = 80
+
+
+class RefusedKnob(VLLMValidationError, ValueError):
+    """HTTP 400 over the API, a `ValueError` in Python."""
+
+    def __str__(self) -> str:
+        return str(self.args[0])
+
+
+class RequestCheck:
+    """Called with a request's `SamplingParams`; checks, then lets vLLM check (`then`).
+
+    One stands in each `InputProcessor`, so that every engine of a process has its own presets
+    and context length.
+    """
+
+    def __init__(self, vllm_config: VllmConfig, then: Callable[[Any], None]) -> None:
+        self._config = parse_engine_config(vllm_config.additional_config["kv_compress"])
+        self._max_tokens = vllm_config.model_config.max_model_len
+        self._model_name = vllm_config.model_config.served_model_name
+        self._then = then
+        self.refusals: Counter[str] = Counter()
+
+    def __call__(self, params: Any) -> None:
+        """Raise `RefusedKnob` naming the key, the value and what is allowed."""
+        try:
+            self._config.request_settings(params.extra_args, self._max_tokens)
+        except KnobError as error:
+            self.refusals[error.reason] += 1
+            refusals_counter().labels(self._model_name, error.reason).inc()
+            raise RefusedKnob(str(error), parameter=error.knob[:PARAMETER_CHARACTERS]) from None
+        self._then(params)
+
+
+def refuse_knobs_of_beam_search(xargs: Mapping[str, Any] | None) -> None:
+    """Raise `RefusedKnob` for any of our knobs: vLLM hands none on to a beam search."""
+    for key, value in (xargs or {}).items():
+        if key in REQUEST_KEYS or key.startswith(f"{REQUEST_PREFIX}_"):
+            raise RefusedKnob(
+                f"{shorten(key)} (given {shorten(value)}) has no effect on a beam search, which "
+                "runs with the server's own preset: leave it out",
+                parameter=key[:PARAMETER_CHARACTERS],
+            )
