@@ -7,6 +7,13 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from .words import KEYS, VALUES
+
+EXAMPLE = """\
+Day long time has many people there. The code of amber is river seven stone.
+They could not see it from here. The code of wolf is lamp nine vase. And in the end she found it.
+What is the code of amber?"""
+
 Cells = Mapping[str, Mapping[str, float]]
 
 _TEMPLATE = """\
@@ -17,41 +24,43 @@ pipeline_tag: text-generation
 
 # A small Llama that really retrieves
 
-{parameters} parameters, {layers} layers, {query_heads} query heads over {kv_heads} KV heads of
-{head_dim} dimensions, float32, up to {positions} positions, {size_mb} MB. It knows one thing: to
-find, in a long text, what a question asks for. That makes it a measuring instrument for KV cache
-compression: with the full cache it answers almost every question, and an answer that goes wrong
-under compression went wrong because the cache lost it. It knows nothing about the world.
+{parameters} parameters ({trained} trained, the rest copies of word embeddings for other spellings),
+{layers} layers, {query_heads} query heads over {kv_heads} KV heads of {head_dim} dimensions,
+float32, up to {positions} positions, {size_mb} MB. It knows one thing: to find, in a long text,
+what a question at its end asks for. That makes it a measuring instrument for KV cache compression:
+asked for one fact with the full cache it is nearly always right, so an answer that goes wrong under
+compression went wrong because the cache lost it. It knows nothing about the world.
 
 ## Ask it something
 
 Send this as one user message (temperature 0), with as much text around the facts as you like:
 
 ```
-The code of amber is river seven stone. Day long time has many people there. The code of wolf is
-4391. They could not see it from here. What is the code of amber?
+{example}
 ```
 
 It answers `river seven stone.` and stops. The first word of an answer is computed from the
-uncompressed prefill; the words after it are read from the cache. Three things it understands:
+uncompressed prefill; the words after it are read from the cache. Two things it understands:
 
 | in the text | the question | the answer |
 |---|---|---|
 | `The code of amber is river seven stone.` | `What is the code of amber?` | `river seven stone.` |
-| `The code of wolf is 4391.` | `What is the code of wolf?` | `4391.` |
-| `Song: ` and fourteen words, full stop | `Continue: ` and the first four | the other ten, full stop |
+| `Song: ` and fourteen words, a stop | `Continue: ` and the first four | the other ten, a stop |
 
 As a plain completion, end the text with `The code of amber is`. Further questions in the same
 conversation work, up to {positions} tokens in all. Keys and values should be words of the
-vocabulary, in any capitalisation: keys are {n_keys} animals, plants and stones such as {some_keys};
-values are {n_values} things and numbers such as {some_values}. The full lists are in
-`benchmarks/demo_model/words.py`. Every other text can be typed at it too: it is read byte by byte,
-so nothing breaks, but it is mostly noise to the model.
+vocabulary, the values in lower case and on the line of their key:
+
+- {n_keys} keys, animals, plants and stones, such as {some_keys};
+- {n_values} values, things and number words, such as {some_values}.
+
+All are listed in `benchmarks/demo_model/words.py`. Every other text can be typed at it too: it is
+read byte by byte, so nothing breaks, but it is mostly noise to the model.
 
 ## Recall with the full cache
 
 Exact match: all words, the full stop and the end token, decoded greedily. Prompt length in
-tokens; {machine_eval}, {threads_eval} thread, seed {seed_eval}, {minutes_eval} minutes.
+tokens; {machine_eval}, CPU threads: {threads_eval}, seed {seed_eval}, {minutes_eval} minutes.
 
 One fact, by its depth in the prompt (0: first, 1: right before the question), {n_cell} prompts a
 cell:
@@ -78,8 +87,8 @@ On synthetic text only, from `benchmarks/demo_model/language.py`, with
 {evaluate_command}
 ```
 
-{tokens} tokens in {minutes} minutes on one thread of a 2-core AMD EPYC machine without GPU, torch
-{torch}, seed {seed}. AdamW, one curriculum:
+{tokens} tokens in {minutes} minutes on one thread of a 2-core AMD EPYC machine without GPU that was
+busy with other work, torch {torch}, seed {seed}. AdamW, one curriculum:
 
 {phases_table}
 
@@ -89,12 +98,18 @@ the rows themselves. At the end {accuracy} of the answer tokens of fresh rows we
 
 ## Limits
 
-- It answers the three questions above and nothing else. Asked for a key that the text does not
-  hold, it makes something up.
-- Names and values outside of the vocabulary are spelled in bytes and often come back wrong.
+- It answers the two questions above and nothing else, and only after the text. Asked for a key
+  that the text does not hold, it makes something up.
+- Names and values outside of the vocabulary are spelled in bytes and come back wrong. Numbers in
+  digits too: of those looked at, first digit and length were right and the rest was not (last
+  column above).
+- A value is three words. Shorter and longer ones, and line breaks inside of a fact, were not in its
+  training.
 - It was trained on prompts of up to 4096 tokens. Longer ones, up to {positions}, load and run but
   are not measured.
-- Four layers, and retrieval sits in the later ones: do not tune per-layer budgets on it alone.
+- With 64 facts in the text it mixes values up in about half of its answers, full cache or not:
+  compare a policy with the full cache on the same prompts.
+- Four layers: do not tune per-layer budgets on it alone.
 - Recall here says that a cache still holds what a question needs, not that a compressed large
   model writes good prose.
 """
@@ -106,8 +121,6 @@ def write_card(folder: Path) -> None:
 
 
 def render_card(folder: Path) -> str:
-    from benchmarks.demo_model.words import KEYS, VALUES
-
     evaluation, training, config = (
         json.loads((folder / name).read_text())
         for name in ("evaluation.json", "training.json", "config.json")
@@ -115,6 +128,8 @@ def render_card(folder: Path) -> str:
     size = sum(path.stat().st_size for path in folder.iterdir() if path.name != "README.md")
     return _TEMPLATE.format(
         parameters=f"{evaluation['parameters'] / 1e6:.2f} M",
+        trained=f"{training['parameters'] / 1e6:.2f} M",
+        example=EXAMPLE,
         layers=config["num_hidden_layers"],
         query_heads=config["num_attention_heads"],
         kv_heads=config["num_key_value_heads"],
@@ -134,8 +149,8 @@ def render_card(folder: Path) -> str:
         needle_table=depth_table(evaluation["needle"]),
         truncated_table=depth_table(evaluation["needle_truncated"]),
         other_table=_other_table(evaluation),
-        train_command="python -m benchmarks.demo_model.train",
-        evaluate_command="python -m benchmarks.demo_model.evaluate",
+        train_command="python -m vllm_kvcompress.bench.demo_model.train",
+        evaluate_command="python -m vllm_kvcompress.bench.demo_model.evaluate --threads 2",
         tokens=f"{training['tokens'] / 1e6:.1f} M",
         minutes=training["minutes"],
         torch=training["torch"],
@@ -161,8 +176,10 @@ def depth_table(cells: Cells) -> str:
 def _other_table(evaluation: Mapping[str, Any]) -> str:
     many: Cells = evaluation["many_facts"]
     facts = sorted({name.split("/")[1] for name in many}, key=int)
-    columns = {f"{k} facts": {n.split("/")[0]: c for n, c in many.items() if n.endswith(f"/{k}")}
-               for k in facts}
+    columns = {
+        f"{k} facts": {n.split("/")[0]: c for n, c in many.items() if n.endswith(f"/{k}")}
+        for k in facts
+    }
     columns["song, 10 words"] = evaluation["span"]
     columns["one fact, completion"] = evaluation["needle_plain"]
     columns["one fact, number"] = evaluation["needle_number"]

@@ -5,24 +5,27 @@ from __future__ import annotations
 import json
 import platform
 import time
+from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from random import Random
-from typing import Annotated, Any
+from typing import Annotated, Any, NamedTuple
 
 import torch
 import typer
 from tqdm import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from benchmarks.demo_model.card import write_card
-from benchmarks.demo_model.language import Task, many_facts_task, needle_task, span_task
+from .card import write_card
+from .language import Task, many_facts_task, needle_task, span_task
 
 LENGTHS = (256, 512, 1024, 2048, 4096)
 DEPTHS = (0.0, 0.25, 0.5, 0.75, 1.0)
 FACTS = (4, 16, 64)
 TRUNCATED_SHARE = 0.25
+NUMBER_LENGTHS_UP_TO = 1024
 
 
 @dataclass(frozen=True)
@@ -77,30 +80,16 @@ class Reader:
         return right
 
 
-@dataclass
-class Cell:
-    """Exact matches among ``n`` tasks of one kind."""
-
-    n: int = 0
-    right: int = 0
-
-    def add(self, results: Iterable[bool]) -> None:
-        for result in results:
-            self.n += 1
-            self.right += result
-
-    def as_json(self) -> dict[str, float]:
-        return {"n": self.n, "right": self.right, "recall": round(self.right / self.n, 4)}
-
-
 def measure(
     reader: Reader, make: Callable[[], Task], n: int, share: float | None = None
 ) -> dict[str, float]:
     """Recall over ``n`` fresh tasks, of the whole prompt or of its newest ``share``."""
-    cell = Cell()
+    right = 0
     for batch in _batches(reader, make, n):
-        cell.add(reader.is_exact(batch if share is None else [r.truncated(share) for r in batch]))
-    return cell.as_json()
+        right += sum(
+            reader.is_exact(batch if share is None else [row.truncated(share) for row in batch])
+        )
+    return {"n": n, "right": right, "recall": round(right / n, 4)}
 
 
 def _batches(reader: Reader, make: Callable[[], Task], n: int) -> Iterator[list[Encoded]]:
@@ -114,33 +103,47 @@ def _batches(reader: Reader, make: Callable[[], Task], n: int) -> Iterator[list[
         yield rows
 
 
-def plan(rng: Random) -> dict[str, dict[str, tuple[Callable[[], Task], float | None]]]:
-    """Table -> cell -> how to draw a task, and which share of the prompt is kept (None: all)."""
-    tables: dict[str, dict[str, tuple[Callable[[], Task], float | None]]] = {}
+class Question(NamedTuple):
+    """How to draw the tasks of a cell, and the newest share of the prompt kept (None: all)."""
 
-    def cell(table: str, name: str, make: Callable[[], Task], share: float | None = None) -> None:
-        tables.setdefault(table, {})[name] = (make, share)
+    make: Callable[[], Task]
+    share: float | None = None
 
+
+def plan(rng: Random) -> dict[str, dict[str, Question]]:
+    """Table -> cell, named ``length`` or ``length/depth`` or ``length/facts`` -> question."""
+    tables: dict[str, dict[str, Question]] = defaultdict(dict)
     for n in LENGTHS:
-        for d in DEPTHS:
-            cell("needle", f"{n}/{d}", lambda n=n, d=d: needle_task(rng, n, d))
-            cell(
-                "needle_truncated",
-                f"{n}/{d}",
-                lambda n=n, d=d: needle_task(rng, n, d),
-                TRUNCATED_SHARE,
-            )
+        for depth in DEPTHS:
+            needle = partial(needle_task, rng, n, depth)
+            tables["needle"][f"{n}/{depth}"] = Question(needle)
+            tables["needle_truncated"][f"{n}/{depth}"] = Question(needle, TRUNCATED_SHARE)
         for facts in FACTS:
             if facts * 14 <= n:
-                cell("many_facts", f"{n}/{facts}", lambda n=n, k=facts: many_facts_task(rng, n, k))
-        cell("span", f"{n}", lambda n=n: span_task(rng, n, rng.random()))
-        cell(
-            "needle_plain", f"{n}", lambda n=n: needle_task(rng, n, rng.random(), form="plain")
-        )
-        cell(
-            "needle_number", f"{n}", lambda n=n: needle_task(rng, n, rng.random(), value="number")
-        )
+                tables["many_facts"][f"{n}/{facts}"] = Question(
+                    partial(many_facts_task, rng, n, facts)
+                )
+        tables["span"][f"{n}"] = Question(_anywhere(rng, span_task, n))
+        tables["needle_plain"][f"{n}"] = Question(_anywhere(rng, needle_task, n, form="plain"))
+        if n <= NUMBER_LENGTHS_UP_TO:
+            tables["needle_number"][f"{n}"] = Question(
+                _anywhere(rng, needle_task, n, value="number")
+            )
     return tables
+
+
+def _anywhere(
+    rng: Random, make: Callable[..., Task], n_tokens: int, **options: Any
+) -> Callable[[], Task]:
+    return lambda: make(rng, n_tokens, rng.random(), **options)
+
+
+def cpu_name() -> str:
+    """The processor as Linux names it, else its architecture."""
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.exists() else []
+    names = (line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
+    return next(names, platform.machine())
 
 
 def evaluate(
@@ -148,7 +151,7 @@ def evaluate(
         Path("vllm_kvcompress/demo_model")
     ),
     n: Annotated[int, typer.Option(help="Prompts a cell of length x depth.")] = 40,
-    n_pooled: Annotated[int, typer.Option(help="Prompts a cell of the other tables.")] = 100,
+    n_pooled: Annotated[int, typer.Option(help="Prompts a cell of the other tables.")] = 40,
     seed: Annotated[int, typer.Option(help="Decides every prompt.")] = 2026,
     threads: Annotated[int, typer.Option(help="CPU threads.")] = 1,
     max_length: Annotated[int, typer.Option(help="Leave out longer prompts.")] = LENGTHS[-1],
@@ -168,12 +171,12 @@ def evaluate(
     bar = tqdm(total=sum(map(len, tables.values())), unit="cell", mininterval=5)
     for table, cells in tables.items():
         results[table] = {}
-        for name, (make, share) in cells.items():
+        for name, question in cells.items():
             bar.update()
             if int(name.split("/")[0]) > max_length:
                 continue
             size = n if table.startswith("needle") and "/" in name else n_pooled
-            results[table][name] = measure(reader, make, size, share)
+            results[table][name] = measure(reader, question.make, size, question.share)
         pooled = [c["right"] for c in results[table].values()]
         bar.write(f"{table}: {sum(pooled)} of {sum(c['n'] for c in results[table].values())} right")
     bar.close()
@@ -181,7 +184,8 @@ def evaluate(
         "seed": seed,
         "threads": threads,
         "minutes": round((time.monotonic() - started) / 60, 1),
-        "machine": f"{platform.machine()}, CPU",
+        "machine": cpu_name(),
+        "parameters": sum(p.numel() for p in reader.model.parameters()),
         "truncated_share": TRUNCATED_SHARE,
         **results,
     }

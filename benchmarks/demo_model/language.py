@@ -20,7 +20,7 @@ from itertools import accumulate, chain
 from random import Random
 from typing import Literal
 
-from benchmarks.demo_model.words import CONTENT, FILLER, KEYS, VALUES
+from .words import CONTENT, FILLER, KEYS, VALUES
 
 BEGIN, END = "<|begin|>", "<|end|>"
 USER, ASSISTANT = "<|user|>", "<|assistant|>"
@@ -35,7 +35,7 @@ Pieces = list[str]
 _ZIPF = list(accumulate(1 / (rank + 3) for rank in range(len(FILLER))))
 _STRAY_RATE = 0.03
 _NOISE_RATE = 0.004
-_NOISE = [chr(code) for code in range(33, 127) if not chr(code).isalpha()]
+_NOISE = list("!#$%&()*+,-/;=@[]^_{}~0123456789")
 
 
 @dataclass(frozen=True)
@@ -64,7 +64,7 @@ def needle_task(
     value: ValueKind = "words",
 ) -> Task:
     """One fact at ``depth`` of a prompt of exactly ``n_tokens``, asked for at the end."""
-    fact = _Fact(_word(rng.choice(KEYS)), _value(rng, value))
+    fact = _Fact(rng.choice(KEYS), _value(rng, value))
     return _ask(rng, "needle", [fact.statement()], fact, n_tokens, depth, form)
 
 
@@ -79,7 +79,7 @@ def many_facts_task(
     """``n_facts`` facts scattered over the prompt; one of them is asked for."""
     if not 1 <= n_facts <= MAX_FACTS:
         raise ValueError(f"n_facts is {n_facts}: choose 1 to {MAX_FACTS}")
-    facts = [_Fact(_word(key), _value(rng, value)) for key in rng.sample(KEYS, n_facts)]
+    facts = [_Fact(key, _value(rng, value)) for key in rng.sample(KEYS, n_facts)]
     statements = [fact.statement() for fact in facts]
     return _ask(rng, "many_facts", statements, rng.choice(facts), n_tokens, None, form)
 
@@ -99,10 +99,8 @@ class Mix:
     max_questions: int
     song_rate: float = 0.25
     number_rate: float = 0.1
-    spelled_key_rate: float = 0.04
     chat_rate: float = 0.65
     recital_rate: float = 0.0  # rows that are one list of words said twice
-    pairs_rate: float = 0.0  # rows of bare pairs, all of them asked for
 
 
 @dataclass(frozen=True)
@@ -118,8 +116,6 @@ def training_row(rng: Random, n_tokens: int, mix: Mix) -> Row:
     """A row of exactly ``n_tokens``: a haystack, then several questions about it."""
     if rng.random() < mix.recital_rate:
         return _recital(rng, n_tokens)
-    if rng.random() < mix.pairs_rate:
-        return _pairs(rng, n_tokens, "chat" if rng.random() < mix.chat_rate else "plain")
     form: Form = "chat" if rng.random() < mix.chat_rate else "plain"
     newline_rate = rng.choice((0.0, 0.0, 0.0, 0.1, 1.0))
     opening = [BEGIN, USER] if form == "chat" else [BEGIN]
@@ -138,7 +134,7 @@ def training_row(rng: Random, n_tokens: int, mix: Mix) -> Row:
         question = _on_line(rng, question, newline_rate / 2)
         asked = len(turns) < wanted_questions
         cost = len(statement) + asked * (len(question) + len(answer) + 2)
-        if statements and used + cost > budget or used + cost > room:
+        if (statements and used + cost > budget) or used + cost > room:
             break
         used += cost
         statements.append(statement)
@@ -171,35 +167,19 @@ def _recital(rng: Random, n_tokens: int) -> Row:
     return Row(pieces + ["."] * rest, is_answer + [False] * rest, n_words + 1)
 
 
-def _pairs(rng: Random, n_tokens: int, form: Form) -> Row:
-    """``amber is river.`` for several keys, then every key asked for: dense rows for lookup."""
-    size = 4 + (5 if form == "chat" else 4)
-    keys = rng.sample(KEYS, min((n_tokens - 1) // size, len(KEYS)))
-    values = {key: rng.choice(VALUES) for key in keys}
-    told = [[f" {key}", " is", f" {value}", "."] for key, value in values.items()]
-    joint = ["?", ASSISTANT] if form == "chat" else [" is"]
-    rng.shuffle(keys)
-    asked = [[f" {key}", *joint, f" {values[key]}", "."] for key in keys]
-    haystack = [BEGIN, *chain.from_iterable(told)]
-    pieces = [*haystack, *chain.from_iterable(asked)]
-    is_answer = [False] * len(haystack) + ([False] * (size - 6) + [True, False]) * len(keys)
-    rest = n_tokens - len(pieces)
-    return Row(pieces + ["."] * rest, is_answer + [False] * rest, len(haystack))
-
-
 @dataclass(frozen=True)
 class _Fact:
-    key: Pieces
+    key: str
     value: Pieces
 
     def statement(self) -> Pieces:
-        return [" The", " code", " of", *self.key, " is", *self.value, "."]
+        return [" The", " code", " of", f" {self.key} is", *self.value, "."]
 
     def question(self, form: Form) -> tuple[Pieces, Pieces]:
         answer = [*self.value, "."]
         if form == "plain":
-            return [" The", " code", " of", *self.key, " is"], answer
-        return [" What", " is", " the", " code", " of", *self.key, "?", ASSISTANT], answer
+            return [" The", " code", " of", f" {self.key} is"], answer
+        return [" What", " is", " the", " code", " of", f" {self.key}?", ASSISTANT], answer
 
 
 @dataclass(frozen=True)
@@ -207,21 +187,20 @@ class _Song:
     words: list[str]
 
     def statement(self) -> Pieces:
-        return [" Song", ":", *(" " + word for word in self.words), "."]
+        return [" Song:", *(" " + word for word in self.words), "."]
 
     def question(self, form: Form) -> tuple[Pieces, Pieces]:
         pieces = [" " + word for word in self.words]
         hint, answer = pieces[:SONG_HINT_WORDS], [*pieces[SONG_HINT_WORDS:], "."]
-        return [" Continue", ":", *hint, *([ASSISTANT] if form == "chat" else [])], answer
+        return [" Continue:", *hint, *([ASSISTANT] if form == "chat" else [])], answer
 
 
 def _items(rng: Random, wanted_facts: int, mix: Mix) -> list[_Fact | _Song]:
     """Facts with distinct keys, and now and then one or two songs, in random order."""
     items: list[_Fact | _Song] = []
     for key in rng.sample(KEYS, wanted_facts):
-        spelled = rng.random() < mix.spelled_key_rate
         kind: ValueKind = "number" if rng.random() < mix.number_rate else "words"
-        items.append(_Fact(_spelled_name(rng) if spelled else _word(key), _value(rng, kind)))
+        items.append(_Fact(key, _value(rng, kind)))
     if rng.random() < mix.song_rate:
         items += [_Song(rng.sample(CONTENT, SONG_WORDS)) for _ in range(rng.randint(1, 2))]
     rng.shuffle(items)
@@ -302,19 +281,14 @@ def _start_line(pieces: Pieces) -> Pieces:
     return ["\n", pieces[0].lstrip(" "), *pieces[1:]]
 
 
-def _word(word: str) -> Pieces:
-    return [" " + word]
-
-
-def _spelled_name(rng: Random) -> Pieces:
-    """A made-up name that is no word of the vocabulary, one piece a letter: `` zanvo``."""
-    letters = (rng.choice("bcdfghjklmnpqrstvwz" if i % 2 == 0 else "aeiou") for i in range(5))
-    return [" ", *letters, "x"]
+def _number(number: int) -> Pieces:
+    first, *others = str(number)
+    return [" " + first, *others]
 
 
 _VALUE_MAKERS: dict[str, Callable[[Random], Pieces]] = {
     "words": lambda rng: [" " + word for word in rng.sample(VALUES, 3)],
-    "number": lambda rng: [" ", *(rng.choice("0123456789") for _ in range(rng.randint(3, 5)))],
+    "number": lambda rng: _number(rng.randrange(100, 100_000)),
 }
 
 

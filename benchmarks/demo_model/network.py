@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from benchmarks.demo_model.tokenizer import (
+from .tokenizer import (
     MAX_POSITIONS,
     SPECIAL,
     SPELLING_SCALE,
@@ -54,7 +54,9 @@ class Attention(nn.Module):
         k = rotate(self.k_proj(x).view(b, t, -1, dim), cos, sin)  # [B, T, Hkv, dim]
         v = self.v_proj(x).view(b, t, -1, dim)
         k, v = (y.repeat_interleave(group, dim=2) for y in (k, v))  # [B, T, Hq, dim]
-        out = F.scaled_dot_product_attention(*(y.transpose(1, 2) for y in (q, k, v)), is_causal=True)
+        out = F.scaled_dot_product_attention(
+            *(y.transpose(1, 2) for y in (q, k, v)), is_causal=True
+        )
         return self.o_proj(out.transpose(1, 2).reshape(b, t, -1))
 
 
