@@ -28,20 +28,40 @@ from transformers.utils import logging
 
 from vllm_kvcompress import accounting
 from vllm_kvcompress.bench.demo_model.language import (
+    Form,
     Task,
     many_facts_task,
     needle_task,
     span_task,
 )
-from vllm_kvcompress.config import Preset, load_preset, shipped_presets
+from vllm_kvcompress.config import DEFAULT_PRESET, Preset, load_preset, shipped_presets
 from vllm_kvcompress.policy import Observation, Policy, build
 
 MODEL = Path(accounting.__file__).parent / "demo_model"
 FACTS = 16
+FORMS: tuple[Form, ...] = ("chat", "plain")
 TASKS: dict[str, Callable[[random.Random, int], Task]] = {
-    "needle": lambda rng, n: needle_task(rng, n, rng.random()),
-    "many_facts": lambda rng, n: many_facts_task(rng, n, FACTS),
-    "span": lambda rng, n: span_task(rng, n, rng.random()),
+    "needle": lambda rng, n: needle_task(rng, n, rng.random(), form=rng.choice(FORMS)),
+    "many_facts": lambda rng, n: many_facts_task(rng, n, FACTS, form=rng.choice(FORMS)),
+    "span": lambda rng, n: span_task(rng, n, rng.random(), form=rng.choice(FORMS)),
+}
+# The default preset with one part of it put back to what KV-Compress publishes.
+ABLATIONS: dict[str, dict[str, Any]] = {
+    "queries-sum": {"scorer": {"queries": "sum"}},
+    "group-sum": {"scorer": {"group": "sum"}},
+    "both-sums": {"scorer": {"queries": "sum", "group": "sum"}},
+    "both-sums-uniform": {
+        "scorer": {"queries": "sum", "group": "sum"},
+        "allocator": {"name": "uniform"},
+    },
+    "pool-both-sides-7": {"scorer": {"pool_side": "both", "pool_tokens": 7}},
+    "pool-both-sides-21": {"scorer": {"pool_side": "both", "pool_tokens": 21}},
+    "no-pool": {"scorer": {"pool": "none"}},
+    "uniform": {"allocator": {"name": "uniform"}},
+    "adaptive": {"allocator": {"name": "adaptive"}},
+    "window-8": {"window_tokens": 8},
+    "window-32": {"window_tokens": 32},
+    "protect-32": {"recent_tokens": 32},
 }
 
 
@@ -260,7 +280,8 @@ def sweep(
         ]
         rng = random.Random(f"{seed} {task} {prompt_tokens}")
         for _ in tqdm(range(prompts), desc=f"{task} {prompt_tokens}", unit="prompt"):
-            ids, answer = reader.encode(TASKS[task](rng, prompt_tokens))
+            # Up to 31 tokens shorter, so that last blocks are filled to every degree alike.
+            ids, answer = reader.encode(TASKS[task](rng, prompt_tokens - rng.randrange(32)))
             reading = reader.read(ids)
             scores = {name: score(c, reading, reader.scale) for name, c in by_name.items()}
             kept = [kept_tokens(case, scores[case.name]) for case in cases]
@@ -349,6 +370,18 @@ def plot(results: Sequence[Result], path: Path) -> None:
     pyplot.close(figure)
 
 
+def ablations(preset: Preset) -> list[Preset]:
+    """The preset itself, and with each of `ABLATIONS`."""
+    changed = [preset]
+    for name, changes in ABLATIONS.items():
+        fields = preset.model_dump()
+        for key, change in changes.items():
+            merge = isinstance(change, dict) and "name" not in change
+            fields[key] = fields[key] | change if merge else change
+        changed.append(Preset(**{**fields, "name": name}))
+    return changed
+
+
 def find_preset(name_or_file: str) -> Preset:
     shipped = shipped_presets()
     return shipped[name_or_file] if name_or_file in shipped else load_preset(name_or_file)
@@ -357,6 +390,7 @@ def find_preset(name_or_file: str) -> Preset:
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description="Exact match per policy, rate and block size.")
     parser.add_argument("--preset", action="append", help="name or YAML file; default: all shipped")
+    parser.add_argument("--ablate", action="store_true", help="the default preset, part by part")
     parser.add_argument("--rate", type=float, nargs="+", default=[2, 4, 8, 16])
     parser.add_argument("--block", type=int, nargs="+", default=[16, 32])
     parser.add_argument("--task", nargs="+", choices=TASKS, default=list(TASKS))
@@ -372,7 +406,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     try:
         # Recompression while decoding does not show in answers this short.
         names = args.preset or [n for n, p in shipped_presets().items() if not p.continual]
-        cases = make_cases(map(find_preset, names), args.rate, args.block)
+        presets = [find_preset(name) for name in names]
+        if args.ablate:
+            presets = ablations(shipped_presets()[DEFAULT_PRESET])
+        cases = make_cases(presets, args.rate, args.block)
     except ValueError as error:
         parser.error(str(error))
     logging.disable_progress_bar()

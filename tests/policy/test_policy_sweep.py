@@ -6,7 +6,15 @@ import pytest
 import torch
 
 from vllm_kvcompress.bench import policy_sweep
-from vllm_kvcompress.bench.policy_sweep import TASKS, Reader, kept_tokens, make_cases, score
+from vllm_kvcompress.bench.policy_sweep import (
+    ABLATIONS,
+    TASKS,
+    Reader,
+    ablations,
+    kept_tokens,
+    make_cases,
+    score,
+)
 from vllm_kvcompress.config import shipped_presets
 
 pytestmark = pytest.mark.skipif(
@@ -69,3 +77,12 @@ def test_held_share_counts_pages_and_tail(reader: Reader) -> None:
         assert seen[..., n // 32 * 32 :].all()
         assert float(seen.float().mean()) == pytest.approx(share)
         assert share == pytest.approx((2 * 32 + n % 32) / n)  # ceil((n/4 - t)/32) = 2 blocks
+
+
+def test_every_ablation_changes_the_default_in_its_own_way() -> None:
+    default = shipped_presets()["kv-compress"]
+    presets = ablations(default)
+    assert presets[0] == default and [p.name for p in presets[1:]] == list(ABLATIONS)
+    unnamed = [p.model_copy(update={"name": ""}).model_dump_json() for p in presets]
+    assert len(set(unnamed)) == len(presets)
+    assert len(make_cases(presets, [8], [32])) == len(presets)

@@ -53,7 +53,8 @@ def slow_attention_score(obs: Observation, scorer: AttentionScorer) -> np.ndarra
                 total = sum(math.exp(x) for x in logit.values())
                 for j in seen:
                     if at - positions[j] >= scorer.exclude_tokens:
-                        mass[j] += (math.exp(logit[j]) / total) ** scorer.power
+                        paid = (math.exp(logit[j]) / total) ** scorer.power
+                        mass[j] = mass[j] + paid if scorer.queries == "sum" else max(mass[j], paid)
             if not scorer.score_window:
                 first = int(obs.query_positions.min())
                 mass = [0.0 if positions[j] >= first else m for j, m in enumerate(mass)]
@@ -75,6 +76,8 @@ def slow_attention_score(obs: Observation, scorer: AttentionScorer) -> np.ndarra
         AttentionScorer(pool_tokens=6, pool_side="later"),
         AttentionScorer(pool="avg", pool_tokens=4, pool_side="later", exclude_tokens=3),
         AttentionScorer(power=1, exclude_tokens=2),
+        AttentionScorer(queries="max", group="max", pool_tokens=4, pool_side="later"),
+        AttentionScorer(queries="max", power=1, exclude_tokens=2),
         SNAPKV,
     ],
 )
@@ -107,6 +110,14 @@ def test_squared_attention_favours_peaks() -> None:
     assert l1.tolist() == pytest.approx([0.5, 0.4, 0.4, 0.4])
     assert l2.tolist() == pytest.approx([0.25, 0.10, 0.10, 0.10])
     assert both.tolist() == pytest.approx([0.65, 0.27, 0.15, 0.18])
+
+
+def test_one_query_that_needs_a_key_outweighs_many_that_glance_elsewhere() -> None:
+    """Seven queries rest on the first key, one needs the third: to it that is all."""
+    rest, need = [0.5, 0.25, 0.0, 0.25], [0.05, 0.05, 0.9, 0.0]
+    obs = paying([[rest] * 7 + [need]])
+    assert AttentionScorer(power=2, pool="none").score(obs, 0).argmax() == 0
+    assert AttentionScorer(power=2, pool="none", queries="max").score(obs, 0).argmax() == 2
 
 
 def test_later_side_keeps_only_the_continuation() -> None:

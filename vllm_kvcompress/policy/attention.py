@@ -21,11 +21,13 @@ MAX_LOGITS = 1 << 26
 class AttentionScorer(Scorer):
     """Attention that each key receives from the window's queries, pooled, then over the group.
 
-    `score[h, j] = REDUCE_g POOL_j SUM_i A[g, i, j] ** power`, with A the softmax over all keys
-    that query i may see. KV-Compress (arXiv 2410.00161, section 3): power 2, max, sum. SnapKV
-    (arXiv 2404.14469): power 1, avg, mean, `score_window` False.
+    `score[h, j] = GROUP_g POOL_j QUERIES_i A[g, i, j] ** power`, with A the softmax over all keys
+    that query i may see. KV-Compress (arXiv 2410.00161, section 3): power 2, max-pool, both sums.
+    SnapKV (arXiv 2404.14469): power 1, avg-pool, mean over the group, `score_window` False.
 
     power: 1 or 2 ("L1", "L2"); 2 favours keys that few queries attend to strongly.
+    queries: how the window's queries become one: "sum", or "max": what one of them needs is
+        needed, however many others look elsewhere.
     pool, pool_tokens: stride-1 pooling over the keys of each query head. It keeps the
         neighbours of what was attended to: the value behind a key, the rest of a span.
     pool_side: "both" sides, or only the "later" tokens, the continuation.
@@ -37,6 +39,7 @@ class AttentionScorer(Scorer):
     needs_values: ClassVar[bool] = False
 
     power: Literal[1, 2] = 2
+    queries: Literal["sum", "max"] = "sum"
     pool: Literal["max", "avg", "none"] = "max"
     pool_tokens: Annotated[int, Field(ge=1, le=1024)] = 7
     pool_side: Literal["both", "later"] = "both"
@@ -54,7 +57,7 @@ class AttentionScorer(Scorer):
         return self.reduce(self.mass(obs))
 
     def mass(self, obs: Observation) -> Tensor:
-        """`SUM_i A[g, i, j] ** power`, f32 `[H, G, n]`."""
+        """`QUERIES_i A[g, i, j] ** power`, f32 `[H, G, n]`."""
         window, heads, group, _ = obs.queries.shape
         queries = (obs.queries.float() * obs.scale).permute(1, 2, 0, 3)  # [H, G, w, D]
         at_once = max(1, MAX_LOGITS // (group * window * obs.tokens))
@@ -86,9 +89,9 @@ class AttentionScorer(Scorer):
         if self.exclude_tokens:
             distance = obs.query_positions[:, None] - positions[..., None, :]
             attention.masked_fill_((distance < self.exclude_tokens).unsqueeze(-3), 0.0)
-        if self.power == 2:
-            attention.square_()
-        return attention.sum(dim=2)
+        if self.queries == "max":
+            return attention.amax(dim=2) ** self.power
+        return (attention.square_() if self.power == 2 else attention).sum(dim=2)
 
     def _pooled(self, mass: Tensor) -> Tensor:
         if self.pool == "none":
@@ -99,9 +102,7 @@ class AttentionScorer(Scorer):
         return pool(padded, self.pool_tokens, stride=1)
 
 
-def _hide_future(
-    logits: Tensor, positions: Tensor, query_positions: Tensor, padded: bool
-) -> None:
+def _hide_future(logits: Tensor, positions: Tensor, query_positions: Tensor, padded: bool) -> None:
     """Put `-inf` where a key comes after the query; logits `[H, G, w, n]`, in place.
 
     Positions ascend and the queries are the newest, so where all heads share their positions
