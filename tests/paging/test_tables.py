@@ -40,7 +40,9 @@ class Model:
 
     def __init__(self, seed):
         self.rng = random.Random(seed)
-        pool = PagePool(pools.layer_views(BLOCKS, LAYERS, HEADS, TOKENS, 2), pools.linear(TOKENS, 2))
+        pool = PagePool(
+            pools.layer_views(BLOCKS, LAYERS, HEADS, TOKENS, 2), pools.linear(TOKENS, 2)
+        )
         self.pool, self.tables = pool, PageTables(pool)
         self.rows: dict[str, Row] = {}
         self.free = list(range(1, BLOCKS))

@@ -1,0 +1,82 @@
+"""Blocks, pages and plans add up in any weather: thousands of steps of the real scheduler.
+
+`weather.py` says what is checked after every step. Shown here: the storms were storms.
+"""
+
+import pytest
+from engine.weather import Climate, Storm
+from hypothesis import Phase, given, settings
+from hypothesis import strategies as st
+
+CONTINUAL = {"preset": "kv-compress-continual", "rate": 8, "continual_slack_blocks": 1}
+PROTECTING = {"preset": "kv-compress", "rate": 3, "sink_tokens": 20, "recent_tokens": 30}
+
+CLIMATES = {
+    "synchronous": Climate(1),
+    "asynchronous": Climate(2, asynchronous=True),
+    "chunks smaller than the window": Climate(3, batch_tokens=11, prefix_caching=False),
+    "continual": Climate(4, kv_compress=CONTINUAL, arrival=0.5),
+    "continual, asynchronous": Climate(5, kv_compress=CONTINUAL, asynchronous=True, arrival=0.5),
+    "asynchronous, room for one": Climate(
+        0,
+        asynchronous=True,
+        num_blocks=20,
+        batch_tokens=2000,
+        max_requests=2,
+        reset=0.03,
+        kv_compress={"rate": 2},
+        arrival=0.5,
+        shared_prefix=0.0,
+    ),
+    "every prompt through an arena": Climate(6, kv_compress={"rate": 1, "test_force_arena": True}),
+    "by priority": Climate(7, priority=True, kv_compress=PROTECTING, num_blocks=40),
+}
+
+
+@pytest.mark.parametrize("name", CLIMATES)
+def test_blocks_pages_and_plans_add_up_in_a_storm(name):
+    climate = CLIMATES[name]
+    tally = Storm(climate).run()
+    print(tally)
+    assert tally.steps >= 2000
+    assert tally.compressions > 20 and tally.aborted > 5 and tally.preemptions > 5, tally
+    assert tally.mixed_steps > 100, tally
+    assert tally.hit_tokens > 500 or not climate.prefix_caching or not climate.shared_prefix, tally
+    assert tally.recompressions > 50 or "continual" not in name, tally
+    assert tally.small_chunks > 100 or climate.batch_tokens > 11, tally
+
+
+@st.composite
+def climates(draw):
+    block_tokens = draw(st.sampled_from([16, 32]))
+    continual = draw(st.booleans())
+    kv_compress = {
+        "preset": "kv-compress-continual" if continual else "kv-compress",
+        "rate": draw(st.sampled_from([1.0, 1.5, 2.0, 4.0, 8.0, 64.0])),
+        "window_tokens": draw(st.sampled_from([1, 16, 70])),
+        "sink_tokens": draw(st.sampled_from([0, 4, 33])),
+        "recent_tokens": draw(st.sampled_from([0, 8, 64])),
+        "continual_slack_blocks": draw(st.integers(1, 5)),
+        "test_force_arena": draw(st.booleans()),
+    }
+    return Climate(
+        seed=draw(st.integers(0, 2**32)),
+        block_tokens=block_tokens,
+        num_blocks=draw(st.integers(8, 60)),
+        batch_tokens=draw(st.sampled_from([9, 16, 33, 100, 2000])),
+        max_requests=draw(st.sampled_from([2, 5, 9])),
+        prefix_caching=draw(st.booleans()),
+        asynchronous=draw(st.booleans()),
+        priority=draw(st.booleans()),
+        kv_compress=kv_compress,
+        arrival=draw(st.sampled_from([0.1, 0.5])),
+        abort=draw(st.sampled_from([0.0, 0.02, 0.1])),
+    )
+
+
+@pytest.mark.timeout(600)
+@given(climates())
+@settings(max_examples=4, deadline=None, phases=[Phase.explicit, Phase.generate])
+def test_blocks_pages_and_plans_add_up_in_any_weather(climate):
+    tally = Storm(climate).run()
+    assert tally.steps >= 2000 and tally.requests > 50, tally
