@@ -51,7 +51,7 @@ PACKINGS = {"linear": linear, "transposed": halves_with_transposed_keys, "tiles"
 def filled_pool(
     blocks: int, layers: int, heads: int, tokens: int, size: int, packing: str
 ) -> tuple[PagePool, Tensor, Tensor]:
-    """A pool of distinct numbers, and its keys and values `[pages, B, D]` read element by element."""
+    """A pool of distinct numbers, and its keys and values `[pages, B, D]`, read one by one."""
     views = layer_views(blocks, layers, heads, tokens, size)
     form = PACKINGS[packing](tokens, size)
     pool = PagePool(views, form)
