@@ -47,11 +47,14 @@ def _create_engine_config(
         return original(self, *args, **kwargs)
     from vllm_kvcompress.engine.refusals import StartupError
     from vllm_kvcompress.engine.setup import configured
+    from vllm_kvcompress.serving.attach import attach
     from vllm_kvcompress.serving.flags import stop
 
     try:
-        return configured(original, self, *args, **kwargs)
+        vllm_config = configured(original, self, *args, **kwargs)
     except StartupError as error:
         if getattr(self, "kv_compress_from_cli", False):
             stop(error)
         raise
+    attach()
+    return vllm_config

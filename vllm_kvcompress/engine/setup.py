@@ -22,7 +22,6 @@ from vllm_kvcompress.engine.refusals import (
     refuse_version,
 )
 from vllm_kvcompress.policy.registry import build
-from vllm_kvcompress.serving.attach import attach
 
 CPU_BLOCK_TOKENS = 32
 CPU_WORKER = "vllm_kvcompress.engine.cpu.KVCompressCPUWorker"
@@ -58,7 +57,6 @@ def configured(
     scheduler_config.scheduler_cls = (
         ASYNC_SCHEDULER if scheduler_config.async_scheduling else SCHEDULER
     )
-    attach()
     return vllm_config
 
 
