@@ -22,7 +22,7 @@ from vllm_kvcompress.bench.demo_model.language import (
     span_task,
 )
 from vllm_kvcompress.bench.engine import BLOCK_TOKENS, MODEL, EngineSpec, open_engine, prepare
-from vllm_kvcompress.bench.harness import Summary, Verdict, repeat_options, write_report
+from vllm_kvcompress.bench.harness import Summary, Verdict, write_report
 from vllm_kvcompress.config import OFF, EngineConfig, shipped_presets
 
 FACTS = 16
@@ -237,7 +237,7 @@ def plot(cells: Sequence[Cell], path: Path) -> None:
 app = typer.Typer(add_completion=False, rich_markup_mode="markdown")
 
 
-@app.command()
+@app.command(cls=ListCommand)
 def main(
     n: Annotated[int, typer.Option(help="Prompts per task and length.", min=1)] = 300,
     tasks: Annotated[
@@ -320,4 +320,4 @@ def _share(shares: Iterable[float]) -> str:
 
 
 if __name__ == "__main__":
-    app(args=repeat_options(sys.argv[1:], ["--tasks", "--tokens", "--policies", "--rates"]))
+    app()

@@ -22,9 +22,9 @@ from vllm_kvcompress.bench.harness import (
     Verdict,
     cpu_model,
     paired_ratio,
-    repeat_options,
     write_report,
 )
+from vllm_kvcompress.bench.options import ListCommand
 
 PLAIN, FLAG_OFF, OFF, CONTINUAL = "plain vLLM", "flag off", "off", "continual"
 REPORT_WIDTH = 110
@@ -191,7 +191,7 @@ def plot(
 app = typer.Typer(add_completion=False, rich_markup_mode="markdown")
 
 
-@app.command()
+@app.command(cls=ListCommand)
 def main(
     rates: Annotated[
         list[float] | None,
@@ -299,4 +299,4 @@ def _row(row: Variant, samples: Mapping[str, Sequence[Round]]) -> dict[str, Any]
 
 
 if __name__ == "__main__":
-    app(args=repeat_options(sys.argv[1:], ["--rates", "--only"]))
+    app()
