@@ -1,0 +1,144 @@
+"""The tasks by name, and the cases of a run."""
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from random import Random
+
+from vllm_kvcompress.bench.quality import demo
+from vllm_kvcompress.bench.quality.case import Case
+
+DEPTHS = (0.0, 0.25, 0.5, 0.75, 1.0)
+MAX_LENGTH = 2**24
+MAX_CASES = 100_000  # of one task, length and depth
+
+Count = Callable[[str], int]
+
+
+@dataclass(frozen=True)
+class Cell:
+    """What the cases of one task, length and depth are made for.
+
+    depth: None for anywhere.
+    count: how many tokens a text has, without the special ones.
+    """
+
+    length: int
+    depth: float | None
+    count: Count
+
+
+@dataclass(frozen=True)
+class Task:
+    """make: one more case from the generator.
+
+    grid: whether there are `n` cases for every depth, not for all together.
+    """
+
+    about: str
+    make: Callable[[Random, Cell], Case]
+    grid: bool = False
+
+
+GROUPS: dict[str, dict[str, Task]] = {
+    "demo": {
+        "needle": Task(
+            "one fact, anywhere in the prompt",
+            lambda rng, cell: demo.needle(rng, cell.length),
+        ),
+        "many-facts": Task(
+            f"{demo.FACTS} facts, one is asked for",
+            lambda rng, cell: demo.many_facts(rng, cell.length),
+        ),
+        "span": Task(
+            "ten words to recite in order",
+            lambda rng, cell: demo.span(rng, cell.length),
+        ),
+    },
+    "demo-grid": {
+        "needle-grid": Task(
+            "one fact at every depth",
+            lambda rng, cell: demo.needle(rng, cell.length, cell.depth),
+            grid=True,
+        ),
+    },
+}
+ABOUT_GROUPS = {
+    "demo": "the shipped demo model's language, the only one that it reads",
+    "demo-grid": "the same over depth, for a heat map",
+}
+
+
+def make_cases(
+    names: Iterable[str],
+    lengths: Sequence[int],
+    depths: Sequence[float],
+    n: int,
+    seed: int,
+    count: Count,
+) -> list[Case]:
+    """`n` cases of every task and length, and for grid tasks of every depth.
+
+    The same arguments make the same cases, and those of a task, length and depth depend on no
+    other; a larger `n` adds to them.
+
+    Args:
+        names: tasks and groups.
+        lengths: prompt tokens, as `count` sees them.
+        depths: 0 (first) to 1 (right before the question); `DEPTHS` when empty.
+        count: how many tokens a text has, without the special ones.
+
+    Raises:
+        ValueError: an unknown name, a number out of its bounds, or a length that is too short for
+            a task.
+    """
+    chosen = find_tasks(names)
+    depths = depths or DEPTHS
+    _check_bounds(lengths, depths, n)
+    cases = []
+    for name, task in chosen.items():
+        for length in dict.fromkeys(lengths):
+            for depth in dict.fromkeys(depths) if task.grid else (None,):
+                where = f"{name} {length}" if depth is None else f"{name} {length} {depth:g}"
+                rng, cell = Random(f"{seed} {where}"), Cell(length, depth, count)
+                made = (task.make(rng, cell) for _ in range(n))
+                cases += [case.model_copy(update={"task": name}) for case in made]
+    return cases
+
+
+def find_tasks(names: Iterable[str]) -> dict[str, Task]:
+    """The tasks that `names` of tasks and groups stand for, each once, in order.
+
+    Raises:
+        ValueError: a name that is neither; the message lists those that are.
+    """
+    every = {name: task for group in GROUPS.values() for name, task in group.items()}
+    found: dict[str, Task] = {}
+    for name in names:
+        if name in GROUPS:
+            found |= GROUPS[name]
+        elif name in every:
+            found[name] = every[name]
+        else:
+            known = f"the tasks are {', '.join(every)}; the groups {', '.join(GROUPS)}"
+            raise ValueError(f"no task {name!r}: {known}")
+    return found
+
+
+def task_help() -> str:
+    """Every group and task with what it asks, for `--help`."""
+    lines = []
+    for group, tasks in GROUPS.items():
+        lines.append(f"{group}: {ABOUT_GROUPS[group]}")
+        lines += [f"  {name}: {task.about}" for name, task in tasks.items()]
+    return "\n".join(lines)
+
+
+def _check_bounds(lengths: Sequence[int], depths: Sequence[float], n: int) -> None:
+    if not 1 <= n <= MAX_CASES:
+        raise ValueError(f"n is {n}: choose 1 to {MAX_CASES:,} cases")
+    for length in lengths:
+        if not 1 <= length <= MAX_LENGTH:
+            raise ValueError(f"a length is {length}: choose 1 to {MAX_LENGTH:,} tokens")
+    for depth in depths:
+        if not 0 <= depth <= 1:
+            raise ValueError(f"a depth is {depth}: choose 0 (first) to 1 (before the question)")
