@@ -11,15 +11,46 @@ import signal
 import subprocess
 import sys
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self, TextIO
 
-from vllm_kvcompress.bench.engine import EngineSpec, Round, Workload, environment, open_engine, run
+from vllm_kvcompress.bench.engine import (
+    Cache,
+    EngineSpec,
+    Round,
+    Workload,
+    cache_of,
+    environment,
+    open_engine,
+    run,
+)
 
-MODULE = "vllm_kvcompress.bench.child"
+COMMAND = (sys.executable, "-m", "vllm_kvcompress.bench.child")
+
+
+class EngineEnded(RuntimeError):
+    """An engine that could not start, or died.
+
+    reason: the last thing it said, one line.
+    """
+
+    def __init__(self, name: str, log: str) -> None:
+        lines = [line.strip() for line in log.splitlines() if line.strip()]
+        self.reason = last_words(lines)
+        super().__init__(f"the engine {name!r} has ended:\n" + "\n".join(lines[-15:]))
+
+
+def last_words(lines: Sequence[str]) -> str:
+    """The message of the last exception in a log, else its last line."""
+    said = [line.removeprefix("[rank0]:").strip() for line in lines]
+    for line in reversed(said):
+        kind, _, message = line.partition(": ")
+        if message and kind.split(".")[-1].isidentifier() and kind.endswith(("Error", "Exit")):
+            return message
+    return said[-1] if said else "it said nothing"
 
 
 class Child:
@@ -28,16 +59,29 @@ class Child:
     Args:
         spec: the engine.
         plugin: False keeps this project's plugin from being loaded at all.
+        command: what answers; the engine's specification is appended as JSON.
+
+    Raises:
+        EngineEnded: on entering, and by `run`.
     """
 
-    def __init__(self, name: str, spec: EngineSpec, threads: int, plugin: bool = True) -> None:
-        self.name = name
-        self._spec, self._threads, self._plugin = spec, threads, plugin
+    cache: Cache
+
+    def __init__(
+        self,
+        name: str,
+        spec: EngineSpec,
+        threads: int,
+        plugin: bool = True,
+        command: Sequence[str] = COMMAND,
+    ) -> None:
+        self.name, self.spec = name, spec
+        self._threads, self._plugin, self._command = threads, plugin, command
 
     def __enter__(self) -> Self:
         self._log = tempfile.TemporaryFile("w+")
         self._process = subprocess.Popen(
-            [sys.executable, "-m", MODULE, json.dumps(asdict(self._spec))],
+            [*self._command, json.dumps(asdict(self.spec))],
             env={**os.environ, **environment(self._threads, self._plugin)},
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
@@ -45,7 +89,11 @@ class Child:
             text=True,
             cwd=Path(__file__).resolve().parents[1],
         )
-        self._answer()
+        try:
+            self.cache = Cache(**self._answer())
+        except BaseException:
+            self._end()
+            raise
         self._process.send_signal(signal.SIGSTOP)
         return self
 
@@ -55,40 +103,50 @@ class Child:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
+        self._end()
+
+    def run(self, work: Workload, trace: bool = False) -> Round:
+        assert self._process.stdin is not None
+        self._process.send_signal(signal.SIGCONT)
+        try:
+            print(
+                json.dumps({**asdict(work), "trace": trace}), file=self._process.stdin, flush=True
+            )
+        except BrokenPipeError:
+            raise self._ended() from None
+        done = Round(**self._answer())
+        self._process.send_signal(signal.SIGSTOP)
+        return done
+
+    def _end(self) -> None:
         assert self._process.stdin is not None and self._process.stdout is not None
         self._process.send_signal(signal.SIGCONT)
-        self._process.stdin.close()
         try:
+            self._process.stdin.close()
             self._process.wait(timeout=20)
-        except subprocess.TimeoutExpired:
+        except (BrokenPipeError, subprocess.TimeoutExpired):
             self._process.kill()
             self._process.wait()
         self._process.stdout.close()
         self._log.close()
 
-    def run(self, work: Workload, trace: bool = False) -> Round:
-        assert self._process.stdin is not None
-        self._process.send_signal(signal.SIGCONT)
-        print(json.dumps({**asdict(work), "trace": trace}), file=self._process.stdin, flush=True)
-        done = Round(**self._answer())
-        self._process.send_signal(signal.SIGSTOP)
-        return done
-
     def _answer(self) -> dict[str, Any]:
         assert self._process.stdout is not None
         line = self._process.stdout.readline()
         if not line:
-            self._log.seek(0)
-            last = "\n".join(self._log.read().splitlines()[-15:])
-            raise RuntimeError(f"the engine {self.name!r} has ended:\n{last}")
+            raise self._ended()
         answer: dict[str, Any] = json.loads(line)
         return answer
+
+    def _ended(self) -> EngineEnded:
+        self._log.seek(0)
+        return EngineEnded(self.name, self._log.read())
 
 
 def serve(spec: EngineSpec, questions: TextIO, answers: TextIO) -> None:
     """The answering side: open the engine, then a round per line until there are no more."""
     llm = open_engine(spec)
-    _say(answers, {"ready": True})
+    _say(answers, asdict(cache_of(llm)))
     for line in questions:
         question = json.loads(line)
         trace = question.pop("trace")
