@@ -72,8 +72,9 @@ class Verdict:
         shown = f"{self.what}: {self.measured.text(3)}, target {bound} {self.target:g}"
         if self.met:
             return f"met     {shown}"
-        off = abs(self.measured.median / self.target - 1)
-        return f"MISSED  {shown}: {off:.0%} {'above' if self.at_most else 'below'}"
+        off = abs(self.measured.median - self.target)
+        by = f"{off / abs(self.target):.0%}" if self.target else f"{off:.3g}"
+        return f"MISSED  {shown}: {by} {'above' if self.at_most else 'below'}"
 
 
 def machine_facts(threads: int) -> dict[str, Any]:
