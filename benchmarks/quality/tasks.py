@@ -4,7 +4,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from random import Random
 
-from vllm_kvcompress.bench.quality import demo
+from vllm_kvcompress.bench.quality import demo, haystack, ruler
 from vllm_kvcompress.bench.quality.case import Case
 
 DEPTHS = (0.0, 0.25, 0.5, 0.75, 1.0)
@@ -39,6 +39,13 @@ class Task:
     grid: bool = False
 
 
+def _ruler_needles(name: str) -> Task:
+    return Task(
+        ruler.NIAH[name].about,
+        lambda rng, cell: ruler.niah(name, rng, cell.length, cell.count),
+    )
+
+
 GROUPS: dict[str, dict[str, Task]] = {
     "demo": {
         "needle": Task(
@@ -61,10 +68,39 @@ GROUPS: dict[str, dict[str, Task]] = {
             grid=True,
         ),
     },
+    "niah": {
+        "niah-number": Task(
+            "a number of five digits in an essay, at every depth",
+            lambda rng, cell: haystack.number_needle(rng, cell.length, cell.depth, cell.count),
+            grid=True,
+        ),
+        "niah-words": Task(
+            "three names in an essay, at every depth",
+            lambda rng, cell: haystack.words_needle(rng, cell.length, cell.depth, cell.count),
+            grid=True,
+        ),
+    },
+    "ruler": {
+        **{name: _ruler_needles(name) for name in ruler.NIAH},
+        "vt": Task(
+            "five variables that hold the same number by assignment",
+            lambda rng, cell: ruler.variable_tracking(rng, cell.length, cell.count),
+        ),
+        "cwe": Task(
+            "the ten common words of a list",
+            lambda rng, cell: ruler.common_words(rng, cell.length, cell.count),
+        ),
+        "fwe": Task(
+            "the three most frequent words of a coded text",
+            lambda rng, cell: ruler.frequent_words(rng, cell.length, cell.count),
+        ),
+    },
 }
 ABOUT_GROUPS = {
     "demo": "the shipped demo model's language, the only one that it reads",
     "demo-grid": "the same over depth, for a heat map",
+    "niah": "needle in a haystack of plain English over length and depth",
+    "ruler": "RULER's synthetic tasks (arXiv 2404.06654), made to any length",
 }
 
 
@@ -100,7 +136,10 @@ def make_cases(
             for depth in dict.fromkeys(depths) if task.grid else (None,):
                 where = f"{name} {length}" if depth is None else f"{name} {length} {depth:g}"
                 rng, cell = Random(f"{seed} {where}"), Cell(length, depth, count)
-                made = (task.make(rng, cell) for _ in range(n))
+                try:
+                    made = [task.make(rng, cell) for _ in range(n)]
+                except ValueError as error:
+                    raise ValueError(f"{where}: {error}") from None
                 cases += [case.model_copy(update={"task": name}) for case in made]
     return cases
 

@@ -55,7 +55,7 @@ def test_an_unknown_task_is_answered_with_those_there_are():
         ({"lengths": [10**12]}, "a length is"),
         ({"depths": [1.5]}, "a depth is 1.5"),
         ({"depths": [float("nan")]}, "a depth is nan"),
-        ({"names": ["many-facts"], "lengths": [8]}, "many_facts prompt"),
+        ({"names": ["many-facts"], "lengths": [8]}, "many-facts 8: a many_facts prompt"),
     ],
 )
 def test_numbers_out_of_bounds_are_refused(wrong, said):
@@ -93,3 +93,20 @@ def test_grid_needles_stand_at_their_depth():
         cut = len(case.prompt) - case.question_characters
         start = case.prompt[:cut].index(case.answer[0])
         assert abs(count(case.prompt[:start]) / count(case.prompt[:cut]) - case.depth) < 0.03
+
+
+def words(text):
+    return len(re.findall(r"\w+|[^\w\s]", text))
+
+
+@pytest.mark.parametrize("group", ["niah", "ruler"])
+def test_tasks_in_english_have_their_name_and_length(group):
+    cases = make_cases([group], [2000], [0.5], 1, 1, words)
+    assert [case.task for case in cases] == list(GROUPS[group])
+    assert all(0.95 * 2000 <= words(case.prompt) <= 2000 == case.length for case in cases)
+    assert all(case.question_characters < len(case.prompt) / 4 for case in cases)
+
+
+def test_a_length_too_short_is_refused_with_the_name_of_the_task():
+    with pytest.raises(ValueError, match=r"cwe 100: at least [\d,]+ tokens are needed"):
+        make_cases(["ruler"], [100], [], 1, 1, words)
