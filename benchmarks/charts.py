@@ -33,6 +33,17 @@ def panels(count: int, columns: int = 2, share_y: bool = False) -> tuple[Any, li
     return figure, axes[:count]
 
 
+def log_y(axes: Any) -> None:
+    """Make the y axis logarithmic, labelled with whole numbers at 1, 2 and 5."""
+    from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
+
+    axes.set_yscale("log")
+    axis = axes.yaxis
+    axis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.0f}"))
+    axis.set_minor_formatter(NullFormatter())
+
+
 def save(figure: Any, path: Path, caption: str = "") -> None:
     """Write the figure, with a caption below, and forget it.
 

@@ -12,14 +12,6 @@ from typing import Annotated, Any
 
 import typer
 from rich.console import Console
-from rich.progress import (
-    BarColumn,
-    MofNCompleteColumn,
-    Progress,
-    TextColumn,
-    TimeElapsedColumn,
-    TimeRemainingColumn,
-)
 
 from vllm_kvcompress.bench import crossover
 from vllm_kvcompress.bench.charts import COLOURS, PLAIN_COLOUR, panels, save
@@ -28,6 +20,7 @@ from vllm_kvcompress.bench.crossover import Point
 from vllm_kvcompress.bench.engine import BLOCK_TOKENS, MODEL, EngineSpec, Round, Workload
 from vllm_kvcompress.bench.harness import Summary, cpu_model, write_report
 from vllm_kvcompress.bench.options import ListCommand
+from vllm_kvcompress.bench.progress import progress_bar
 from vllm_kvcompress.bench.promises import FIGURES, WORDS, ratio, read_baseline, verdicts
 from vllm_kvcompress.bench.table import Table
 from vllm_kvcompress.bench.variants import FP8, PLAIN, Variant, started, variants
@@ -48,17 +41,6 @@ class Grid:
     refused: dict[str, str] = field(default_factory=dict)
     cache_blocks: int = 0
     cache_bytes: int = 0
-
-
-def progress_bar() -> Progress:
-    return Progress(
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeElapsedColumn(),
-        TimeRemainingColumn(),
-        console=Console(stderr=True),
-    )
 
 
 def measure(

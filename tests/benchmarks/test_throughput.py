@@ -164,7 +164,8 @@ def test_all_rates_share_one_engine_except_the_forced_one():
 @pytest.mark.parametrize(
     ("options", "complaint"),
     [(["--presets", "snap"], "no preset"), (["--rates", "0.5"], "not between"),
-     (["--against", "nowhere.json"], "cannot read"), (["--prompts", "0"], "input should be greater")],
+     (["--against", "nowhere.json"], "cannot read"),
+     (["--prompts", "0"], "input should be greater")],
 )  # fmt: skip
 def test_bad_options_are_one_clear_line(options, complaint):
     done = CliRunner().invoke(throughput.app, options)
