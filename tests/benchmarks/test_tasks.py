@@ -109,4 +109,4 @@ def test_tasks_in_english_have_their_name_and_length(group):
 
 def test_a_length_too_short_is_refused_with_the_name_of_the_task():
     with pytest.raises(ValueError, match=r"cwe 100: at least [\d,]+ tokens are needed"):
-        make_cases(["ruler"], [100], [], 1, 1, words)
+        make_cases(["cwe"], [100], [], 1, 1, words)
