@@ -21,6 +21,7 @@ setup(
     package_dir=package_dir,
     package_data={
         "vllm_kvcompress": ["demo_model/*"],
+        "vllm_kvcompress.bench.peers": ["*.lock"],
         "vllm_kvcompress.configs": ["*.yaml"],
     },
 )
