@@ -15,11 +15,12 @@ from rich.console import Console
 
 from vllm_kvcompress.bench import crossover
 from vllm_kvcompress.bench.charts import COLOURS, PLAIN_COLOUR, panels, save
-from vllm_kvcompress.bench.child import COMMAND, Child, EngineEnded
+from vllm_kvcompress.bench.child import COMMAND, Child
 from vllm_kvcompress.bench.crossover import Point
 from vllm_kvcompress.bench.engine import BLOCK_TOKENS, MODEL, EngineSpec, Round, Workload
 from vllm_kvcompress.bench.harness import Summary, cpu_model, write_report
 from vllm_kvcompress.bench.options import ListCommand
+from vllm_kvcompress.bench.process import ProcessEnded
 from vllm_kvcompress.bench.progress import progress_bar
 from vllm_kvcompress.bench.promises import FIGURES, WORDS, ratio, read_baseline, verdicts
 from vllm_kvcompress.bench.table import Table
@@ -104,7 +105,7 @@ def _rounds(
             asked = replace(work, seed=work.seed + number, extra_args=row.asks or None)
             try:
                 done = children[row.name].run(asked)
-            except EngineEnded as ended:
+            except ProcessEnded as ended:
                 if row.name == PLAIN:
                     raise SystemExit(f"plain vLLM died: {ended.reason}") from None
                 refused[row.name] = ended.reason

@@ -7,8 +7,9 @@ from typing import Any
 
 import typer
 
-from vllm_kvcompress.bench.child import COMMAND, Cache, Child, EngineEnded
-from vllm_kvcompress.bench.engine import BLOCK_TOKENS, EngineSpec
+from vllm_kvcompress.bench.child import COMMAND, Child
+from vllm_kvcompress.bench.engine import BLOCK_TOKENS, Cache, EngineSpec
+from vllm_kvcompress.bench.process import ProcessEnded
 
 PLAIN, FP8, FLAG_OFF, OFF = "plain vLLM", "fp8 cache", "flag off", "off"
 DEFAULT_PRESET = "kv-compress"
@@ -135,7 +136,7 @@ def started(
                 )
                 try:
                     children[engine] = stack.enter_context(child)
-                except EngineEnded as ended:
+                except ProcessEnded as ended:
                     if row.name == PLAIN:
                         raise SystemExit(f"plain vLLM does not start: {ended.reason}") from None
                     words[engine] = ended.reason

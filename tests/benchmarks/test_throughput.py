@@ -7,9 +7,9 @@ import typer
 from typer.testing import CliRunner
 
 from vllm_kvcompress.bench import promises, throughput
-from vllm_kvcompress.bench.child import last_words
 from vllm_kvcompress.bench.crossover import Point
 from vllm_kvcompress.bench.engine import EngineSpec, Round, Workload
+from vllm_kvcompress.bench.process import last_words
 from vllm_kvcompress.bench.promises import ratio, read_baseline, verdicts
 from vllm_kvcompress.bench.throughput import Grid, measure, table
 from vllm_kvcompress.bench.variants import FP8, OFF, PLAIN, variants
