@@ -1,5 +1,7 @@
+import json
 import re
 
+import datasets
 import pytest
 
 from vllm_kvcompress.bench.demo_model.tokenizer import build_tokenizer
@@ -110,3 +112,18 @@ def test_tasks_in_english_have_their_name_and_length(group):
 def test_a_length_too_short_is_refused_with_the_name_of_the_task():
     with pytest.raises(ValueError, match=r"cwe 100: at least [\d,]+ tokens are needed"):
         make_cases(["cwe"], [100], [], 1, 1, words)
+
+
+def test_data_sets_are_read_from_a_folder_and_cut_to_the_model(tmp_path, monkeypatch):
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    record = {"input": "Who?", "context": "word " * 500, "answers": ["Amber"]}
+    (tmp_path / "qasper.jsonl").write_text(json.dumps(record) + "\n")
+    (case,) = make_cases(["qasper"], [], [], 5, 1, words, longbench_path=tmp_path, model_tokens=400)
+    assert case.task == "qasper" and case.length is None
+    assert words(case.prompt) + case.max_tokens <= 400
+
+
+def test_names_of_tasks_and_groups_are_told_apart():
+    names = [name for tasks in GROUPS.values() for name in tasks]
+    assert len(set(names)) == len(names)
+    assert not set(names) & set(GROUPS)
