@@ -194,6 +194,7 @@ class Reader:
             # A quarter more: what presses cut off or round then is `target`.
             press.compression_ratio = 1 - (target + 0.25) / tokens
             self._mask(nothing)
+            self._torch.manual_seed(hash(prefill.ids) % 2**32)  # some presses draw at random
             cache = self._apply(prefill, press)
             masked = [getattr(layer, "masked_key_indices", None) for layer in self._layers]
             return Compressed(cache, held_tokens(cache, masked), masked)
