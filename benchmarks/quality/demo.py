@@ -44,7 +44,7 @@ def as_case(task: Task) -> Case:
         raise ValueError(f"a prompt of task {task.task} has no question")
     return Case(
         prompt=task.prompt,
-        answer=task.answer,
+        answer=(task.answer,),
         task=task.task.replace("_", "-"),
         length=task.length_tokens,
         depth=task.depth,

@@ -39,7 +39,7 @@ def _fetched(repository: str, file: str) -> Path:
     import huggingface_hub
 
     said = huggingface_hub.logging.get_verbosity()
-    huggingface_hub.logging.set_verbosity_error()
+    huggingface_hub.logging.set_verbosity(logging.ERROR)
     try:
         return Path(huggingface_hub.hf_hub_download(repository, file, repo_type="dataset"))
     except OSError:

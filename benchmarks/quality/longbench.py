@@ -230,7 +230,7 @@ def longbench_v2(length: str, rng: Random, n: int, reading: Reading) -> list[Cas
         cases.append(
             Case(
                 prompt=reading.prompt(OPENING_V2, record.context, question, ANSWER_TOKENS_V2),
-                answer=record.answer,
+                answer=(record.answer,),
                 task=f"longbench-v2-{length}",
                 max_tokens=ANSWER_TOKENS_V2,
                 match="choice",

@@ -26,7 +26,7 @@ Count = Callable[[str], int]
 NOISE = ("Rain falls on the roof.", "The clock ticks on.", "A door opens.", "Nobody comes in.")
 CHAIN_HOPS = 4
 COMMON_WORDS = 10
-FREQUENCIES = ((30, 3), (10, 1))  # of common and of other words; the second in short lists
+FREQUENCIES = ((30, 3), (10, 1), (5, 1))  # of common and of other words; the first that fits
 CODED_LETTERS = 6
 ZIPF_EXPONENT = 2.0
 FEWEST_CODED_WORDS = 80  # from here on the third and fourth most frequent differ
@@ -177,8 +177,8 @@ def common_words(rng: Random, length: int, count: Count) -> Case:
     def build(size: int, common: int, other: int) -> str:
         return start + listed(words.first(COMMON_WORDS + size), common, other) + question
 
-    fits = count(build(COMMON_WORDS, *FREQUENCIES[0])) <= length
-    common, other = FREQUENCIES[0 if fits else 1]
+    fit = (pair for pair in FREQUENCIES if count(build(COMMON_WORDS, *pair)) <= length)
+    common, other = next(fit, FREQUENCIES[-1])
     return Case(
         prompt=largest_that_fits(lambda n: build(n, common, other), COMMON_WORDS, length, count),
         answer=tuple(words.first(COMMON_WORDS)),

@@ -70,7 +70,7 @@ SOLVERS = {"vt": solve_vt, "cwe": solve_cwe, "fwe": solve_fwe}
 
 
 @pytest.mark.parametrize("name", EVERY)
-@pytest.mark.parametrize("length", [1536, 4096])
+@pytest.mark.parametrize("length", [1024, 4096])
 def test_a_reader_of_the_prompt_finds_the_answers(name, length):
     for seed in range(8):
         case = make(name, seed, length)
@@ -123,8 +123,8 @@ def test_haystacks_are_of_the_published_kinds():
     assert stated("niah_multikey_2") > 100 and stated("niah_multikey_3") > 40
 
 
-def test_common_words_are_ten_times_as_frequent_as_the_others():
-    for length, frequencies in ((1536, {10, 1}), (4096, {30, 3})):
+def test_common_words_are_ten_times_as_frequent_as_the_others_where_there_is_room():
+    for length, frequencies in ((1024, {5, 1}), (1536, {10, 1}), (4096, {30, 3})):
         listed = parted(make("cwe", length=length))[0].rsplit("\n\n", 1)[1]
         assert set(Counter(re.findall(r"\d+\. (\S+)", listed)).values()) == frequencies
 
