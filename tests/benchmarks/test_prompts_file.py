@@ -1,4 +1,6 @@
 import json
+import re
+from pathlib import Path
 
 import pytest
 
@@ -129,3 +131,11 @@ def test_a_file_of_another_kind_is_refused_in_one_line(read, monkeypatch, tmp_pa
     monkeypatch.setattr(prompts_file, "MAX_CASES", 1)
     with pytest.raises(ValueError, match="more than 1 cases"):
         read(*[json.dumps(GOOD)] * 2)
+
+
+def test_the_lines_in_the_documentation_are_cases(read):
+    page = Path(__file__).parents[2] / "docs" / "quality-tasks.md"
+    (shown,) = re.findall(r"```json\n(.*?)```", page.read_text(), re.DOTALL)
+    cases, bad = read(*shown.splitlines())
+    assert len(cases) == 2 and not bad
+    assert set(re.findall(r"`(\w+)`", page.read_text())) >= set(Case.model_fields)
