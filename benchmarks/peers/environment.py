@@ -10,6 +10,7 @@ import platform
 import shutil
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from importlib.metadata import version
@@ -28,6 +29,8 @@ UNREACHABLE = (
 )
 NEEDED_BYTES = {"cpu": 2 * 10**9, "cuda": 12 * 10**9}
 
+REPORT_EVERY_S = 5
+
 Progress = Callable[[str], None]
 
 
@@ -38,7 +41,7 @@ def peer_python(name: str, progress: Progress, venv: Path | None = None) -> Path
     processes one makes it, and the others wait.
 
     Args:
-        progress: is told, in a few words, what happens; again and again while it does.
+        progress: is told what happens, a line every few seconds.
         venv: where; by default `.venv-<name>` beside the environment that runs this.
 
     Raises:
@@ -144,12 +147,14 @@ def _pip(python: Path, arguments: list[str], what: str, progress: Progress) -> s
     assert process.stdout is not None
     lines = []
     progress(what)
+    reported = time.monotonic()
     try:
         for line in process.stdout:
             lines.append(line.strip())
             words = line.split()
-            if words[:1] == ["Collecting"]:
+            if words[:1] == ["Collecting"] and time.monotonic() - reported > REPORT_EVERY_S:
                 progress(f"{what}, fetching {words[1]}")
+                reported = time.monotonic()
             elif line.startswith("Installing collected packages"):
                 progress(f"{what}, unpacking")
     except BaseException:

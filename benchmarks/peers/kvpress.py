@@ -47,14 +47,14 @@ class PeerAsk:
 class PeerAnswer:
     """What a press answered, or why it did not.
 
-    kept_tokens: really held after the compression, mean over layers and heads. A question that
-        was read afterwards comes on top.
+    kept_tokens: really held after the compression, mean over layers and heads; None with an
+        error. A question that was read afterwards comes on top.
     """
 
     key: str
     token_ids: tuple[int, ...] = ()
     text: str = ""
-    kept_tokens: float = 0.0
+    kept_tokens: float | None = None
     error: str | None = None
 
 

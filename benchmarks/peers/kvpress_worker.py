@@ -302,7 +302,9 @@ def closest(attempt: Callable[[int], Compressed], kept_tokens: int, tokens: int)
         both_sides = low > 1 and high < tokens - 1
         target = (low + high) // 2 if both_sides else min(max(reach, low), high)
     if best is None:
-        raise ValueError(f"it holds {made.held:g} of {tokens} tokens, not {kept_tokens}")
+        raise ValueError(
+            f"it holds {made.held:g} of {tokens} tokens at any ratio; {kept_tokens} were asked for"
+        )
     return best
 
 

@@ -253,6 +253,7 @@ def test_answers_come_in_order_with_the_key_of_their_ask(fake):
     assert [answer.key for answer in answers] == ["b", "a", "c"]
     assert answers[0].token_ids == (3, 2, 1) and answers[0].kept_tokens == 1.5
     assert answers[1].error == "the window is longer than the prompt"
+    assert answers[1].kept_tokens is None
     assert answers[2].error is None
 
 
@@ -324,5 +325,5 @@ def test_a_press_that_keeps_too_much_at_any_ratio_is_an_error(worker_module):
     def attempt(target):
         return worker_module.Compressed(None, 1000.0, ())
 
-    with pytest.raises(ValueError, match="holds 1000 of 1000 tokens, not 125"):
+    with pytest.raises(ValueError, match="holds 1000 of 1000 tokens at any ratio; 125 were"):
         worker_module.closest(attempt, 125, 1000)
