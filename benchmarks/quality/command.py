@@ -17,7 +17,7 @@ from tqdm import tqdm
 from vllm_kvcompress.bench.engine import BLOCK_TOKENS, MODEL, EngineSpec
 from vllm_kvcompress.bench.harness import write_report
 from vllm_kvcompress.bench.options import ListCommand
-from vllm_kvcompress.bench.peers.kvpress import PeerSpec
+from vllm_kvcompress.bench.peers.spec import PeerSpec
 from vllm_kvcompress.bench.quality import judge, plots, show
 from vllm_kvcompress.bench.quality.ask import Answerer, BenchError, Prompt
 from vllm_kvcompress.bench.quality.case import Case
@@ -124,11 +124,12 @@ class Options:
 
     def peer(self) -> Answerer:
         from vllm_kvcompress.bench.peers.environment import peer_python
-        from vllm_kvcompress.bench.peers.kvpress import KVPress, PeerError
+        from vllm_kvcompress.bench.peers.errors import PeerError
+        from vllm_kvcompress.bench.peers.kvpress import KVPress
         from vllm_kvcompress.bench.quality.peer import Peer
 
         try:
-            python = peer_python("kvpress")
+            python = peer_python("kvpress", partial(typer.echo, err=True))
         except PeerError as error:
             raise CannotOpen(str(error)) from None
         return Peer(KVPress(python, self.model, self.dtype, self.threads), self.peers)
@@ -344,6 +345,10 @@ def main(
     except (BenchError, ValueError) as error:
         typer.echo(f"bench quality: {error}", err=True)
         raise typer.Exit(TROUBLE) from None
+    except OSError as error:
+        where = f"{error.filename}: " if error.filename else ""
+        typer.echo(f"bench quality: {where}{error.strerror}", err=True)
+        raise typer.Exit(TROUBLE) from None
     except KeyboardInterrupt:
         typer.echo("stopped; the same command goes on from here", err=True)
         raise typer.Exit(INTERRUPTED) from None
@@ -429,5 +434,3 @@ def _shown_over_depth(rows: Sequence[Row]) -> list[Row]:
     wished = [row.budget for row in rows if row.budget is not None]
     middle = _middle(wished) if wished else None
     return [row for row in rows if row.budget in (None, middle)][:6]
-
-

@@ -1,8 +1,9 @@
 """Paired comparisons, and verdicts on what a policy promises."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from math import comb
+from statistics import mean
 
 from vllm_kvcompress.bench.harness import Summary, Verdict
 from vllm_kvcompress.bench.quality.rows import Cell, Group
@@ -16,7 +17,7 @@ CONTROL = "random"
 
 @dataclass(frozen=True)
 class Pairing:
-    """The same cases under two rows; `p` of the two-sided sign test on those that differ."""
+    """Cases that two rows share; `p` of the two-sided sign test on those that differ."""
 
     ours: Cell
     theirs: Cell
@@ -31,7 +32,7 @@ class Pairing:
 
     @property
     def gain(self) -> float:
-        return self.ours.score - self.theirs.score
+        return mean(a - b for a, b in self._pairs())
 
     @property
     def p(self) -> float:
@@ -39,8 +40,9 @@ class Pairing:
         tail = sum(comb(differing, k) for k in range(min(self.better, self.worse) + 1))
         return min(1.0, 2 * tail / 2**differing)
 
-    def _pairs(self) -> Iterable[tuple[float, float]]:
-        return zip(self.ours.scores, self.theirs.scores, strict=True)
+    def _pairs(self) -> list[tuple[float, float]]:
+        ours, theirs = self.ours.scores, self.theirs.scores
+        return [(ours[case], theirs[case]) for case in ours if case in theirs]
 
 
 def full_of(cells: Sequence[Cell], group: Group) -> Cell | None:
@@ -58,6 +60,7 @@ def pairings(cells: Sequence[Cell], policy: str = DEFAULT_PRESET) -> list[Pairin
         for theirs in measured
         if theirs.row.policy != policy
         and (theirs.group, theirs.row.budget) == (ours.group, ours.row.budget)
+        and theirs.scores.keys() & ours.scores.keys()
     ]
 
 
@@ -66,7 +69,7 @@ def verdicts(cells: Sequence[Cell]) -> list[Verdict]:
     out = []
     for group in dict.fromkeys(c.group for c in cells):
         full = full_of(cells, group)
-        if full is None or not sum(full.scores):
+        if full is None or not any(full.scores.values()):
             continue
         here = [c for c in cells if c.group == group and c.scores and c.row.kind == "preset"]
         out += _usable(here, full)
@@ -82,16 +85,14 @@ def _usable(cells: Sequence[Cell], full: Cell) -> list[Verdict]:
             if (cell.row.budget or 0) > (best.row.budget or 0):
                 largest[cell.row.policy] = cell
     return [
-        Verdict(
-            f"{cell.group.title}: {cell.row.key} of full", _exactly(cell.score / full.score), USABLE
-        )
+        Verdict(f"{cell.group.title}: {cell.row.key} of full", _exactly(cell.of(full)), USABLE)
         for cell in largest.values()
     ]
 
 
 def _promised(cells: Sequence[Cell], full: Cell) -> list[Verdict]:
     return [
-        Verdict(_of_full(cell), _exactly(cell.score / full.score), PROMISED[cell.row.budget])
+        Verdict(_of_full(cell), _exactly(cell.of(full)), PROMISED[cell.row.budget])
         for cell in cells
         if cell.row.policy == DEFAULT_PRESET
         and cell.row.budget in PROMISED

@@ -4,7 +4,9 @@ from collections.abc import Iterator, Sequence
 from types import TracebackType
 from typing import Self
 
-from vllm_kvcompress.bench.peers.kvpress import KVPress, PeerAsk, PeerError, PeerSpec
+from vllm_kvcompress.bench.peers.errors import PeerError
+from vllm_kvcompress.bench.peers.kvpress import KVPress, PeerAsk
+from vllm_kvcompress.bench.peers.spec import PeerSpec
 from vllm_kvcompress.bench.quality.ask import Answer, Ask, BenchError
 
 

@@ -35,7 +35,7 @@ def accuracy_over_held_share(cells: Sequence[Cell], path: Path) -> bool:
         ticks = [s for i, s in enumerate(shares) if not i or s > 1.3 * shares[i - 1]]
         axes.set_xticks(ticks, [f"{share:.0%}" for share in ticks])
         axes.minorticks_off()
-        axes.set_title(group.title, fontsize=10)
+        axes.set_title(group.title.replace(", question", "\nquestion"), fontsize=10)
         axes.set_xlabel("share of the prompt's cache held")
         axes.set_ylim(-0.03, 1.03)
         axes.spines[["top", "right"]].set_visible(False)
@@ -73,7 +73,7 @@ def bars_per_task(cells: Sequence[Cell], budget: float, path: Path) -> bool:
     axes.set_yticks([p + 0.42 - thick / 2 for p in range(len(groups))], [g.title for g in groups])
     axes.invert_yaxis()
     axes.set_xlim(0, 1.02)
-    axes.set_xlabel(f"mean score, {budget:.3g} of the prompt's cache held at most")
+    axes.set_xlabel(f"mean score with about {budget:.3g} of the prompt's cache held")
     axes.legend(loc="upper left", bbox_to_anchor=(0, -0.12), ncols=3, frameon=False, fontsize=9)
     axes.spines[["top", "right"]].set_visible(False)
     figure.tight_layout()
@@ -83,7 +83,9 @@ def bars_per_task(cells: Sequence[Cell], budget: float, path: Path) -> bool:
 def heat_map(
     cases: Sequence[Case], rows: Sequence[Row], outcomes: Sequence[Outcome], path: Path
 ) -> bool:
-    """Mean score over length and depth, a panel per row; needs cases of several depths."""
+    """Mean score over length and depth, a panel per row; needs cases that know their depth."""
+    seen = [outcome for outcome in outcomes if not outcome.unseen]
+    outcomes = seen or outcomes
     placed = {case.key: case for case in cases if case.depth is not None and case.length}
     lengths = sorted({case.length or 0 for case in placed.values()})
     shown = [r for r in rows if any(o.row == r.key and o.case in placed for o in outcomes)]
@@ -108,7 +110,7 @@ def heat_map(
                 total[lengths.index(case.length), band] += outcome.score
                 count[lengths.index(case.length), band] += 1
         mean = np.divide(total, count, out=np.full_like(total, np.nan), where=count > 0)
-        image = axes.imshow(mean, aspect="auto", vmin=0, vmax=1, cmap="RdYlGn")
+        image = axes.imshow(mean, aspect="auto", vmin=0, vmax=1, cmap="viridis")
         axes.set_xticks([-0.5, 4.5, 9.5], ["0", "50", "100 %"])
         axes.set_yticks(range(len(lengths)), [f"{length:,}" for length in lengths])
         axes.set_title(row.key, fontsize=10)

@@ -1,13 +1,15 @@
 """The rows of a quality table: who answers, and how much of the cache it may keep."""
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from statistics import mean
 from typing import Literal
 
 from vllm_kvcompress.bench.quality.case import Case
 
 PLAIN, FP8 = "plain vLLM", "fp8 KV cache"
 MOST_LENGTHS = 12
+ENOUGH = 0.5  # of a group's cases must reach a budget for a number
 Kind = Literal["plain", "fp8", "preset", "peer"]
 
 
@@ -61,23 +63,30 @@ class Outcome:
 
 @dataclass(frozen=True)
 class Cell:
-    """A row's scores in a group, case by case in the order of the group's cases.
+    """A row's scores in a group, by case.
 
+    asked: cases of the group; those whose pages cannot reach the budget have no score.
     text: what stands in the table instead of a number, where there is none.
     note: why.
     """
 
     group: Group
     row: Row
-    scores: Sequence[float]
-    held_share: float | None
+    asked: int
+    scores: Mapping[str, float] = field(default_factory=dict)
+    held_share: float | None = None
     text: str = ""
     note: str = ""
 
     @property
     def score(self) -> float:
         """Mean; NaN without any case."""
-        return sum(self.scores) / len(self.scores) if self.scores else float("nan")
+        return mean(self.scores.values()) if self.scores else float("nan")
+
+    def of(self, full: "Cell") -> float:
+        """The score as a share of another row's on the same cases; NaN where that is 0."""
+        theirs = sum(full.scores[case] for case in self.scores)
+        return sum(self.scores.values()) / theirs if theirs else float("nan")
 
 
 def grouped(cases: Sequence[Case], unseen: bool) -> dict[Group, list[Case]]:
@@ -121,14 +130,15 @@ def cells(
 
 
 def _cell(group: Group, row: Row, outcomes: Sequence[Outcome | None], absent: str) -> Cell:
+    asked = len(outcomes)
     there = [outcome for outcome in outcomes if outcome is not None]
-    if len(there) < len(outcomes):
-        so_far = f"{len(there)} of {len(outcomes)} cases"
-        return Cell(group, row, [], None, *(("none", absent) if absent else (so_far, "")))
+    if absent and not there:
+        return Cell(group, row, asked, text="none", note=absent)
+    if len(there) < asked:
+        return Cell(group, row, asked, text=f"{len(there)} of {asked} cases")
     if failed := [outcome for outcome in there if outcome.error]:
-        return Cell(group, row, [], None, f"{len(failed)} failed", failed[0].error)
-    shares = [outcome.held_share for outcome in there]
-    reached = [share for share in shares if share is not None]
-    if len(reached) < len(shares):
-        return Cell(group, row, [], None, "-")
-    return Cell(group, row, [o.score for o in there], sum(reached) / len(reached))
+        return Cell(group, row, asked, text=f"{len(failed)} failed", note=failed[0].error)
+    scores = {o.case: o.score for o in there if o.held_share is not None}
+    if len(scores) < asked * ENOUGH:
+        return Cell(group, row, asked, text="-")
+    return Cell(group, row, asked, scores, mean(o.held_share for o in there if o.held_share))

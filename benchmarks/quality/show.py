@@ -29,7 +29,7 @@ def _table(group: Group, cells: Sequence[Cell]) -> Table:
         else:
             texts = [_text(mine[b], shares[b]) if b in mine else "" for b in budgets]
             rows.append([policy, "", *texts])
-    n = max(len(c.scores) for c in cells)
+    n = max(c.asked for c in cells)
     spread = f"; ±{100 * HALF_WIDTH / n**0.5:.1f} points at most" if n else ""
     legend = f"Mean score in %{spread}. Columns: the share of the prompt's cache really held."
     if any(c.text == "-" for c in cells):
@@ -53,6 +53,8 @@ def _text(cell: Cell, share: float | None) -> str:
     if not cell.scores:
         return cell.text
     score = f"{100 * cell.score:.1f}"
+    if len(cell.scores) < cell.asked:
+        score += f" (n = {len(cell.scores)})"
     held = cell.held_share
     if share is None or held is None or abs(held - share) <= SAME_SHARE:
         return score
