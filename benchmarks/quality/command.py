@@ -239,6 +239,10 @@ def main(
             "as you like, task, length, depth, max_tokens, match."
         ),
     ] = None,
+    longbench_path: Annotated[
+        Path | None,
+        typer.Option(help="LongBench's files, where the Hugging Face hub is out of reach."),
+    ] = None,
     question: Annotated[
         Question,
         typer.Option(help="Compress with the question in sight, before it is seen, or both."),
@@ -312,6 +316,8 @@ def main(
                     n,
                     seed,
                     lambda text: len(encoder.plain_ids(text, False)),
+                    longbench_path=longbench_path,
+                    model_tokens=encoder.max_model_len,
                 ),
             )
             kept, tokens, longest = encoded(made, encoder)

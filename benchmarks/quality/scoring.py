@@ -5,9 +5,6 @@ import string
 from collections import Counter
 from collections.abc import Callable
 
-from rapidfuzz import fuzz
-from rapidfuzz.distance import Indel
-
 from vllm_kvcompress.bench.quality.case import Case, Match
 
 LETTERS = frozenset("ABCD")
@@ -60,6 +57,8 @@ def rouge(answer: str, text: str) -> float:
 
     Of lower-case words without punctuation; Chinese and Japanese count by character.
     """
+    from rapidfuzz.distance import Indel
+
     wanted, said = _ROUGE_WORD.findall(answer.lower()), _ROUGE_WORD.findall(text.lower())
     return Indel.normalized_similarity(wanted, said) if wanted or said else 0.0
 
@@ -78,6 +77,8 @@ def choice(answer: str, text: str) -> float:
 
 
 def code(answer: str, text: str) -> float:
+    from rapidfuzz import fuzz
+
     lines = [line for line in text.splitlines() if line.strip()]
     first = next((line for line in lines if not line.lstrip().startswith(_COMMENT)), "")
     return fuzz.ratio(answer.strip(), first.strip()) / 100
