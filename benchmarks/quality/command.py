@@ -397,8 +397,8 @@ def report(
     """Print the tables and verdicts; write JSON, CSV and plots."""
     outcomes: list[Outcome] = list(store.outcomes.values())
     found = cells(plan.cases, rows, plan.modes, outcomes, absent)
-    paired = show.paired_table(found)
-    tables = [*show.quality_tables(found), *([paired] if paired else [])]
+    summaries = [show.mean_table(found), show.paired_table(found)]
+    tables = [*show.quality_tables(found), *(table for table in summaries if table)]
     judged = judge.verdicts(found)
     console = Console(width=None if sys.stdout.isatty() else 140)
     for table in tables:

@@ -1,6 +1,7 @@
 """Cells as tables for people, and flat for spreadsheets."""
 
 from collections.abc import Iterable, Sequence
+from statistics import mean
 
 from vllm_kvcompress.bench.quality.judge import pairings
 from vllm_kvcompress.bench.quality.rows import FP8, Cell, Group
@@ -37,6 +38,34 @@ def _table(group: Group, cells: Sequence[Cell]) -> Table:
     notes = dict.fromkeys(f"{c.row.policy}: {c.note}." for c in cells if c.note)
     return Table(
         f"{group.title}, n = {n}", ["policy", "100 %", *heads], rows, " ".join([legend, *notes])
+    )
+
+
+def mean_table(cells: Sequence[Cell]) -> Table | None:
+    """The mean over all groups of one kind of question, where there are several."""
+    seen = [c for c in cells if not c.group.unseen] or list(cells)
+    groups = list(dict.fromkeys(c.group for c in seen))
+    if len(groups) < 2:
+        return None
+    budgets = sorted({c.row.budget for c in seen if c.row.budget is not None}, reverse=True)
+    rows = []
+    for policy in dict.fromkeys(c.row.policy for c in seen):
+        texts = []
+        for budget in (None, *budgets):
+            mine = [c for c in seen if (c.row.policy, c.row.budget) == (policy, budget)]
+            whole = [c for c in mine if len(c.scores) == c.asked]
+            if mine and len(whole) == len(mine):
+                texts.append(f"{100 * mean(c.score for c in mine):.1f}")
+            else:
+                texts.append(next((c.text for c in mine if c.text), ""))
+        rows.append([policy, *texts])
+    shares = [_share_of(budget, seen) for budget in budgets]
+    heads = [_head(budget, share) for budget, share in zip(budgets, shares, strict=True)]
+    return Table(
+        f"mean over {len(groups)} tasks",
+        ["policy", "100 %", *heads],
+        rows,
+        "Mean score in % by the share of the prompt's cache really held.",
     )
 
 

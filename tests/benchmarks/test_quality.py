@@ -316,6 +316,20 @@ def test_tables_stand_by_held_share():
     ]
 
 
+def test_the_mean_over_tasks_stands_only_where_every_task_has_a_number():
+    span = Group("span", 1024, False)
+    found = group_cells(ours=9)
+    assert show.mean_table(found) is None
+    tiny = replace(OURS, budget=0.25)
+    found += [replace(c, group=span, scores={"0": 0.5}, asked=1) for c in found]
+    found += [replace(found[1], row=tiny), Cell(span, tiny, 1, text="-")]
+    rows = show.mean_table(found).rows
+    assert [list(row) for row in rows] == [
+        [PLAIN, "75.0", "", ""],
+        ["kv-compress", "", "70.0", "-"],
+    ]
+
+
 def test_many_different_lengths_make_one_table():
     cases = [case(i).model_copy(update={"length": 100 + i}) for i in range(20)]
     assert list(grouped(cases, False)) == [Group("count", None, False)]
