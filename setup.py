@@ -22,6 +22,7 @@ setup(
     package_data={
         "vllm_kvcompress": ["demo_model/*"],
         "vllm_kvcompress.bench.peers": ["*.lock"],
+        "vllm_kvcompress.bench.report": ["*.jinja"],
         "vllm_kvcompress.configs": ["*.yaml"],
     },
 )

@@ -4,9 +4,10 @@ from importlib.util import find_spec
 
 import typer
 
-from vllm_kvcompress.bench import throughput
+from vllm_kvcompress.bench import attention, prefill, throughput
 from vllm_kvcompress.bench.options import ListCommand
 from vllm_kvcompress.bench.quality import command as quality
+from vllm_kvcompress.bench.report import command as report
 
 NEEDS = ("datasets", "jinja2", "matplotlib", "openai", "rapidfuzz")  # the extra `bench`
 
@@ -32,3 +33,6 @@ def check_extra() -> None:
 
 app.command("quality", cls=ListCommand, epilog=quality.EPILOG)(quality.main)
 app.command("throughput", cls=ListCommand)(throughput.main)
+app.command("attention", cls=ListCommand)(attention.main)
+app.command("prefill", cls=ListCommand)(prefill.main)
+app.command("report")(report.main)
