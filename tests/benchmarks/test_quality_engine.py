@@ -1,12 +1,14 @@
 """The quality bench on a real engine and a real server, with the demo model."""
 
 import json
+import os
 import re
+import signal
 import socket
 import subprocess
 import sys
 import time
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import httpx
@@ -96,7 +98,9 @@ def served(tmp_path: Path):
     command += ["--port", str(port), "--dtype", "float32", "--enforce-eager"]
     log = tmp_path / "server.log"
     with log.open("wb") as out:
-        process = subprocess.Popen(command, stdout=out, stderr=subprocess.STDOUT)
+        process = subprocess.Popen(
+            command, stdout=out, stderr=subprocess.STDOUT, start_new_session=True
+        )
     try:
         for _ in range(2 * START_S):
             assert process.poll() is None, log.read_text()[-3000:]
@@ -107,8 +111,14 @@ def served(tmp_path: Path):
                 time.sleep(0.5)
         yield f"http://127.0.0.1:{port}", process
     finally:
-        process.kill()
-        process.wait()
+        end(process)
+
+
+def end(process) -> None:
+    """The server with its engine, which outlives a parent that is killed."""
+    with suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
 
 
 def test_a_server_answers_as_an_engine_in_process_does(tmp_path, monkeypatch):
@@ -128,8 +138,7 @@ def test_a_server_answers_as_an_engine_in_process_does(tmp_path, monkeypatch):
         differing = [key for key in engine if engine[key] != server[key]]
         assert len(differing) <= 0.01 * len(engine)
 
-        process.kill()
-        process.wait()
+        end(process)
         given = ["bench", "quality", "--url", url, "--json", str(tmp_path / "dead.json")]
         result = CliRunner().invoke(app, given)
         assert result.exit_code == 2
