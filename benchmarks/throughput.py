@@ -212,7 +212,8 @@ def main(
     ] = None,
     output_tokens: Annotated[int, typer.Option(help="Tokens generated per request.", min=1)] = 512,
     hold: Annotated[
-        int, typer.Option(help="Finished requests of the longest prompt that the cache holds.")
+        int,
+        typer.Option(help="Finished requests of the longest prompt that the cache holds.", min=1),
     ] = 4,
     rounds: Annotated[int, typer.Option(help="Measured rounds of every row.", min=1)] = 5,
     fp8: Annotated[bool, typer.Option(help="A row with --kv-cache-dtype fp8.")] = True,

@@ -1,6 +1,7 @@
 """A `vllm serve` in a process group of its own, which waits stopped until it is asked."""
 
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -19,6 +20,8 @@ from vllm_kvcompress.bench.process import GOODBYE_S, ProcessEnded
 VLLM = (sys.executable, "-m", "vllm.entrypoints.cli.main")
 HOST = "127.0.0.1"
 POLL_S = 0.25
+SPEAKER = re.compile(r"^(\([\w ]+ pid=\d+\) ?)?((ERROR|WARNING|INFO) [\d-]+ [\d:]+ \[[^]]+\] ?)?")
+EFFECT = "Engine core initialization failed"  # said last, by another process than the cause's
 
 
 class CannotStart(RuntimeError):
@@ -43,6 +46,12 @@ def free_port(wanted: int = 0) -> int:
             raise SystemExit(f"port {wanted} cannot be used: {error.strerror}") from None
         port: int = probe.getsockname()[1]
         return port
+
+
+def causes(log: str) -> str:
+    """A server's log without who says it, and without what only follows from an error."""
+    lines = [SPEAKER.sub("", line) for line in log.splitlines()]
+    return "\n".join(line for line in lines if EFFECT not in line)
 
 
 class VllmServer:
@@ -125,7 +134,7 @@ class VllmServer:
 
     def _ended(self) -> ProcessEnded:
         self._log.seek(0)
-        return ProcessEnded(self.name, self._log.read())
+        return ProcessEnded(self.name, causes(self._log.read()))
 
     def _signal(self, number: int) -> None:
         with suppress(ProcessLookupError):

@@ -8,11 +8,12 @@ from typer.testing import CliRunner
 
 from vllm_kvcompress.bench import serve, serve_client, vllm_server
 from vllm_kvcompress.bench.engine import MODEL, environment
+from vllm_kvcompress.bench.process import last_words
 from vllm_kvcompress.bench.serve import Serve, Serving, measure, started
 from vllm_kvcompress.bench.serve_client import BenchFailed, Load, Run, look, run
 from vllm_kvcompress.bench.serve_report import plot, tables, verdicts
 from vllm_kvcompress.bench.variants import FP8, OFF, PLAIN, STOCK, STOCK_FP8, variants
-from vllm_kvcompress.bench.vllm_server import CannotStart, VllmServer, free_port
+from vllm_kvcompress.bench.vllm_server import CannotStart, VllmServer, causes, free_port
 
 FAKE = (sys.executable, str(Path(__file__).parent / "fake_vllm.py"))
 ROWS = variants([2, 8])
@@ -92,6 +93,16 @@ def test_a_port_in_use_is_one_clear_line():
         port = taken.getsockname()[1]
         with pytest.raises(SystemExit, match=f"port {port} cannot be used: Address already in use"):
             free_port(port)
+
+
+def test_the_cause_is_told_not_what_follows_from_it():
+    log = (
+        "(EngineCore pid=7) ERROR 11-21 09:40:12 [core.py:1100] NotImplementedError: FP8 is not\n"
+        "(EngineCore pid=7)     raise e\n"
+        "(APIServer pid=5) RuntimeError: Engine core initialization failed. See root cause above.\n"
+    )
+    assert last_words(causes(log).splitlines()) == "FP8 is not"
+    assert causes("plain (text) stays: [x.py:1] so") == "plain (text) stays: [x.py:1] so"
 
 
 def state(process: int) -> str:
