@@ -21,6 +21,7 @@ VLLM = (sys.executable, "-m", "vllm.entrypoints.cli.main")
 HOST = "127.0.0.1"
 POLL_S = 0.25
 SPEAKER = re.compile(r"^(\([\w ]+ pid=\d+\) ?)?((ERROR|WARNING|INFO) [\d-]+ [\d:]+ \[[^]]+\] ?)?")
+RELAYED = re.compile(r"Worker failed with error '(.*)', please check .*")
 EFFECT = "Engine core initialization failed"  # said last, by another process than the cause's
 
 
@@ -50,7 +51,7 @@ def free_port(wanted: int = 0) -> int:
 
 def causes(log: str) -> str:
     """A server's log without who says it, and without what only follows from an error."""
-    lines = [SPEAKER.sub("", line) for line in log.splitlines()]
+    lines = [RELAYED.sub(r"\1", SPEAKER.sub("", line)) for line in log.splitlines()]
     return "\n".join(line for line in lines if EFFECT not in line)
 
 

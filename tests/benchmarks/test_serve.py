@@ -97,7 +97,8 @@ def test_a_port_in_use_is_one_clear_line():
 
 def test_the_cause_is_told_not_what_follows_from_it():
     log = (
-        "(EngineCore pid=7) ERROR 11-21 09:40:12 [core.py:1100] NotImplementedError: FP8 is not\n"
+        "(EngineCore pid=7) ERROR 11-21 09:40:12 [core.py:1100] RuntimeError: Worker failed with "
+        "error 'FP8 is not', please check the stack trace above for the root cause\n"
         "(EngineCore pid=7)     raise e\n"
         "(APIServer pid=5) RuntimeError: Engine core initialization failed. See root cause above.\n"
     )
