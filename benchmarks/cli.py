@@ -4,7 +4,7 @@ from importlib.util import find_spec
 
 import typer
 
-from vllm_kvcompress.bench import attention, prefill, throughput
+from vllm_kvcompress.bench import attention, prefill, serve, throughput
 from vllm_kvcompress.bench.options import ListCommand
 from vllm_kvcompress.bench.quality import command as quality
 from vllm_kvcompress.bench.report import command as report
@@ -33,6 +33,7 @@ def check_extra() -> None:
 
 app.command("quality", cls=ListCommand, epilog=quality.EPILOG)(quality.main)
 app.command("throughput", cls=ListCommand)(throughput.main)
+app.command("serve", cls=ListCommand)(serve.main)
 app.command("attention", cls=ListCommand)(attention.main)
 app.command("prefill", cls=ListCommand)(prefill.main)
 app.command("report")(report.main)
