@@ -1,5 +1,6 @@
-"""The kernel tests, in a process of their own: vLLM and Triton's interpreter do not mix."""
+"""The kernel tests, in processes of their own: vLLM and Triton's interpreter do not mix."""
 
+import json
 import os
 import subprocess
 import sys
@@ -9,18 +10,32 @@ import pytest
 
 TESTS = Path(__file__).parent
 
+pytestmark = pytest.mark.skipif(
+    os.environ.get("TRITON_INTERPRET") == "1", reason="they run in this process"
+)
 
-@pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1", reason="they run in this process")
+
 def test_kernels_in_triton_interpreter():
-    pytest_here = [sys.executable, "-P", "-m", "pytest", "-q", "-p", "no:cacheprovider"]
-    environment = os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
+    pytest_apart = ["-m", "pytest", "-q", "-p", "no:cacheprovider"]
+    run(*pytest_apart, TESTS / "kernels", TRITON_INTERPRET="1", OMP_NUM_THREADS="1")
+
+
+def test_kernels_compile_for_gpus_without_spilling_registers():
+    figures = json.loads(run(TESTS / "kernels/gpu_code.py"))
+    assert {name.split()[-1] for name in figures} == {"sm_80", "sm_90", "sm_100"}
+    assert not {name: of for name, of in figures.items() if of["spilled_bytes"]}
+
+
+def run(*arguments, **environment):
+    command = [sys.executable, "-P", *arguments]
     ran = subprocess.run(
-        [*pytest_here, TESTS / "kernels"],
+        command,
         cwd=TESTS.parent,
-        env=environment,
+        env=os.environ | environment,
         capture_output=True,
         text=True,
         check=False,
     )
     print(ran.stdout[-6000:], ran.stderr[-2000:])
     assert ran.returncode == 0
+    return ran.stdout
