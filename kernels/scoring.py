@@ -74,6 +74,7 @@ def score_window(
     strides = (queries.stride(0), queries.stride(1), queries.stride(2), *keys.stride()[:2])
     numbers = (scale, window, tokens, 0 if shared else positions.stride(0), table.stride(0))
     block_size = max(16, triton.next_power_of_2(size))
+    block_tokens = BLOCK_TOKENS if block_size * keys.element_size() <= 512 else BLOCK_TOKENS // 2
     shape = {"PAGE_TOKENS": keys.shape[1], "SIZE": size, "BLOCK_SIZE": block_size}
     inputs = (queries, query_positions, keys, table, lengths, positions)
     _sum_exponentials[(heads, splits, tiles)](
@@ -85,10 +86,10 @@ def score_window(
         **shape,
         SPLIT_TOKENS=SPLIT_TOKENS,
         BLOCK_ROWS=BLOCK_ROWS,
-        BLOCK_TOKENS=BLOCK_TOKENS,
+        BLOCK_TOKENS=block_tokens,
     )
     mass = queries.new_empty((heads, group, tokens), dtype=torch.float32)
-    _reduce_queries[(heads, triton.cdiv(tokens, BLOCK_TOKENS))](
+    _reduce_queries[(heads, triton.cdiv(tokens, block_tokens))](
         *inputs,
         denominators.logsumexp(dim=1),
         mass,
@@ -101,7 +102,7 @@ def score_window(
         PEAK=rule.queries == "max",
         SCORE_WINDOW=rule.score_window,
         BLOCK_ROWS=min(BLOCK_ROWS, max(16, triton.next_power_of_2(window))),
-        BLOCK_TOKENS=BLOCK_TOKENS,
+        BLOCK_TOKENS=block_tokens,
     )
     scores = queries.new_empty((heads, tokens), dtype=torch.float32)
     before, after = rule.reach
