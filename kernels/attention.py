@@ -60,10 +60,13 @@ def attend_pages(
         lengths,
         partial,
         weights,
+        out,
         scale,
         softcap,
         queries.stride(0),
         queries.stride(1),
+        out.stride(0),
+        out.stride(1),
         keys.stride(0),
         keys.stride(1),
         values.stride(0),
@@ -76,9 +79,12 @@ def attend_pages(
         BLOCK_SIZE=max(16, block_size),
         BLOCK_TOKENS=BLOCK_TOKENS if block_size <= 128 else BLOCK_TOKENS // 2,
         SOFTCAP=softcap > 0,
+        WHOLE=splits == 1,
         num_warps=4,
         num_stages=3,
     )
+    if splits == 1:
+        return
     _join_splits[(sequences, group)](
         partial,
         weights,
@@ -129,10 +135,13 @@ def _attend_split(
     lengths,
     partial,  # f32 [splits, S, G, D], each split normalised
     weights,  # f32 [splits, S, G], log of each split's softmax denominator
+    out,  # [S, G, D], written here where there is one split
     scale,
     softcap,
     query_stride,
     query_head_stride,
+    out_stride,
+    out_head_stride,
     key_page_stride,
     key_token_stride,
     value_page_stride,
@@ -145,6 +154,7 @@ def _attend_split(
     BLOCK_SIZE: tl.constexpr,
     BLOCK_TOKENS: tl.constexpr,
     SOFTCAP: tl.constexpr,
+    WHOLE: tl.constexpr,
 ):
     sequence = tl.program_id(0).to(tl.int64)
     split = tl.program_id(1)
@@ -158,8 +168,12 @@ def _attend_split(
     in_group, in_size = head < GROUP, lane < SIZE
     tile = in_group[:, None] & in_size[None, :]
     row = (split * tl.num_programs(0) + sequence) * GROUP + head
+    out_at = out + sequence * out_stride + head[:, None] * out_head_stride + lane
     if begin >= end:
-        tl.store(weights + row, float("-inf"), mask=in_group)
+        if WHOLE:
+            tl.store(out_at, tl.zeros(tile.shape, out.dtype.element_ty), mask=tile)
+        else:
+            tl.store(weights + row, float("-inf"), mask=in_group)
         return
 
     query_at = queries + sequence * query_stride + head[:, None] * query_head_stride + lane
@@ -187,8 +201,12 @@ def _attend_split(
         total = total * faded + tl.sum(share, axis=1)
         mixed = mixed * faded[:, None] + dot(share.to(value.dtype), value)
         peak = new_peak
-    tl.store(partial + row[:, None] * SIZE + lane, mixed / total[:, None], mask=tile)
-    tl.store(weights + row, peak + tl.log(total), mask=in_group)
+    result = mixed / total[:, None]
+    if WHOLE:
+        tl.store(out_at, result.to(out.dtype.element_ty), mask=tile)
+    else:
+        tl.store(partial + row[:, None] * SIZE + lane, result, mask=tile)
+        tl.store(weights + row, peak + tl.log(total), mask=in_group)
 
 
 @triton.jit

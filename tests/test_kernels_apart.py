@@ -15,11 +15,13 @@ pytestmark = pytest.mark.skipif(
 )
 
 
+@pytest.mark.timeout(900)
 def test_kernels_in_triton_interpreter():
     pytest_apart = ["-m", "pytest", "-q", "-p", "no:cacheprovider"]
     run(*pytest_apart, TESTS / "kernels", TRITON_INTERPRET="1", OMP_NUM_THREADS="1")
 
 
+@pytest.mark.timeout(900)
 def test_kernels_compile_for_gpus_without_spilling_registers():
     figures = json.loads(run(TESTS / "kernels/gpu_code.py"))
     assert {name.split()[-1] for name in figures} == {"sm_80", "sm_90", "sm_100"}

@@ -13,6 +13,7 @@ import subprocess
 import tempfile
 import warnings
 from collections.abc import Callable
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -71,7 +72,8 @@ def record() -> list[Recorder]:
     queries = torch.zeros(4, heads, group, size, dtype=torch.bfloat16)
     table, lengths = torch.zeros(8, 16, dtype=torch.int32), torch.zeros(8, dtype=torch.int32)
     flat = queries.flatten(0, 1)
-    attend_pages(flat, keys, values, table, lengths, 0.1, torch.empty_like(flat), splits=4)
+    for splits in (4, 1):
+        attend_pages(flat, keys, values, table, lengths, 0.1, torch.empty_like(flat), splits)
     candidates = torch.zeros(layers, heads, 16, dtype=torch.int64)
     kept = torch.zeros(layers * heads * page_tokens, dtype=torch.int64)
     compact(keys, values, candidates, 256, kept, torch.zeros(1, dtype=torch.int64))
@@ -125,15 +127,16 @@ def main() -> None:
     warnings.simplefilter("ignore")
     figures = {}
     for recorder in record():
-        (launch,) = recorder.launches
-        options = {key: launch[key] for key in ("num_warps", "num_stages") if key in launch}
-        for architecture in ARCHITECTURES:
+        every_launch = product(enumerate(recorder.launches, start=1), ARCHITECTURES)
+        for (number, launch), architecture in every_launch:
+            options = {key: launch[key] for key in ("num_warps", "num_stages") if key in launch}
             made = triton.compile(
                 source(recorder.kernel, launch),
                 target=GPUTarget("cuda", architecture, 32),
                 options=options,
             )
             name = f"{Path(recorder.kernel.fn.__code__.co_filename).stem}.{made.name}"
+            name += f" {number}" if len(recorder.launches) > 1 else ""
             figures[f"{name} sm_{architecture}"] = {
                 **assemble(made.asm["ptx"], architecture),
                 "shared_bytes": made.metadata.shared,

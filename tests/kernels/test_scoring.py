@@ -76,7 +76,7 @@ def test_every_group_size(group):
     torch.testing.assert_close(scores.double(), expected, **TOLERANCE)
 
 
-@pytest.mark.parametrize("window", [1, 3, 16, 40, 100])
+@pytest.mark.parametrize("window", [1, 16, 100])
 @pytest.mark.parametrize("rule", ["kv-compress", "snapkv", "kv-compress-paper"])
 def test_every_window_size(window, rule):
     """Windows beyond one tile of queries too, and beyond the prompt itself."""

@@ -98,11 +98,11 @@ def test_replays_on_the_same_memory_follow_the_requests():
     """In place: the same launch, again and again, while tails grow and slots change."""
     arenas = arenas_with([1, 3])
     slots = torch.tensor([0, 2, -1], dtype=torch.int32)
-    table, seq_lens = batch([6 * B + 1, 7 * B, 3])
+    table, seq_lens = batch([7 * B - 3, 7 * B, 3])
     tables, lengths = filled(arenas, slots, table, seq_lens)
-    for step in range(B + 2):
+    for step in range(6):
         seq_lens += 1
-        if step == B // 2:
+        if step == 4:
             arenas.clear(0)
             slots[0] = -1
         tables.fill_(-7)
