@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from functools import cache
 from importlib import resources
 from pathlib import Path
-from typing import Any, TypeGuard
+from typing import Annotated, Any, Literal, TypeGuard
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
@@ -47,7 +47,11 @@ class Component(BaseModel):
 
 
 class Preset(_Model):
-    """One way to compress: who scores, who allocates, who selects, and the numbers."""
+    """One way to compress: who scores, who allocates, who selects, and the numbers.
+
+    group_layers: layers that share one scoring (WindowKV): a number that divides the model's,
+        or "quarter": a quarter of the layers (8 of 32), or the next smaller divisor.
+    """
 
     name: str = Field(pattern=r"^[a-z0-9][a-z0-9._-]{0,63}$")
     description: str = ""
@@ -61,12 +65,29 @@ class Preset(_Model):
     recent_tokens: int = Field(default=0, ge=0, le=4096)
     continual: bool = False
     continual_slack_blocks: int = Field(default=4, ge=1, le=1024)
+    group_layers: Annotated[int, Field(ge=1)] | Literal["quarter"] = 1
 
     @model_validator(mode="after")
     def _off_is_reserved(self) -> "Preset":
         if self.name == OFF:
             raise ValueError(f"{OFF!r} means no compression and cannot name a preset")
         return self
+
+    def layers_per_group(self, layers: int) -> int:
+        """`group_layers` for a model of that many layers.
+
+        Raises:
+            ValueError: it does not divide them.
+        """
+        if self.group_layers == "quarter":
+            return max(d for d in range(1, max(1, layers // 4) + 1) if layers % d == 0)
+        if layers % self.group_layers:
+            divisors = [d for d in range(1, layers + 1) if layers % d == 0]
+            raise ValueError(
+                f"preset {self.name!r}: group_layers={self.group_layers} does not divide the "
+                f"model's {layers} layers; allowed: {', '.join(map(str, divisors))} or 'quarter'"
+            )
+        return self.group_layers
 
     def settings(self, **changes: Any) -> Settings:
         """The numbers of this preset as the arithmetic wants them."""

@@ -187,3 +187,11 @@ def test_the_same_arguments_can_be_configured_twice() -> None:
     first, second = args.create_engine_config(), args.create_engine_config()
     assert first.compute_hash() == second.compute_hash()
     assert first.cache_config.block_size == 32
+
+
+def test_group_layers_that_do_not_divide_the_model_are_refused() -> None:
+    args = engine_args(
+        additional_config={"kv_compress": {"preset": "windowkv", "group_layers": 3}}
+    )
+    with pytest.raises(StartupError, match="group_layers=3 does not divide the model's 4 layers"):
+        args.create_engine_config()

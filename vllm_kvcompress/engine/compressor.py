@@ -63,14 +63,22 @@ class Compressor:
     Args:
         pool: the worker's pages.
         scale: the model's softmax scale.
+        mean_over_ranks: averages a tensor over the tensor-parallel ranks.
     """
 
-    def __init__(self, config: EngineConfig, pool: PagePool, scale: float) -> None:
+    def __init__(
+        self,
+        config: EngineConfig,
+        pool: PagePool,
+        scale: float,
+        mean_over_ranks: Callable[[Tensor], Tensor] = lambda own: own,
+    ) -> None:
         self.pool = pool
         self.tables = PageTables(pool)
         self.seconds: list[float] = []
         self._config = config
         self._scale = scale
+        self._mean_over_ranks = mean_over_ranks
         self._policies: dict[str, Policy] = {}
         self._requests: dict[str, _Request] = {}
         self._due: list[_Due] = []
@@ -150,7 +158,8 @@ class Compressor:
     def _policy(self, settings: Settings) -> Policy:
         policy = self._policies.get(settings.preset)
         if policy is None:
-            policy = build(self._config.known_presets()[settings.preset])
+            preset = self._config.known_presets()[settings.preset]
+            policy = build(preset, self.pool.num_layers)
             self._policies[settings.preset] = policy
         return policy
 
@@ -262,6 +271,9 @@ class Compressor:
         scores = torch.empty(pool.num_layers, heads, tokens)
         window, shared = request.window, candidates.positions.dim() == 1
         for layer in range(pool.num_layers):
+            if (leader := policy.leader(layer)) != layer:
+                scores[layer] = scores[leader]
+                continue
             pages = candidates.pages[layer]
             scores[layer] = scorer.score(
                 Observation(
@@ -275,7 +287,7 @@ class Compressor:
                 ),
                 layer,
             )
-        return scores
+        return self._mean_over_ranks(scores) if scorer.shared_by_heads else scores
 
     def check_integrity(self) -> None:
         """Raise unless every compressed request is known and no page is read by two heads."""

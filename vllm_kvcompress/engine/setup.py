@@ -53,6 +53,7 @@ def configured(
     vllm_config = original(engine_args, *args, **kwargs)
     engine_args.worker_cls = "auto"
     refuse(AFTER, vllm_config)
+    _check_for_model(config, vllm_config)
     scheduler_config = vllm_config.scheduler_config
     scheduler_config.scheduler_cls = (
         ASYNC_SCHEDULER if scheduler_config.async_scheduling else SCHEDULER
@@ -68,3 +69,13 @@ def _checked(raw: Any) -> EngineConfig:
     except ValueError as error:
         raise StartupError(" ".join(str(error).split())) from None
     return config
+
+
+def _check_for_model(config: EngineConfig, vllm_config: VllmConfig) -> None:
+    """Raise `StartupError` where a preset does not suit the model's layers."""
+    layers = vllm_config.model_config.get_total_num_hidden_layers()
+    for preset in config.known_presets().values():
+        try:
+            build(preset, layers)
+        except ValueError as error:
+            raise StartupError(" ".join(str(error).split())) from None

@@ -11,6 +11,10 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 from vllm.config import get_layers_from_vllm_config
+from vllm.distributed import (
+    get_tensor_model_parallel_world_size,
+    tensor_model_parallel_all_reduce,
+)
 from vllm.model_executor.layers.attention import Attention
 from vllm.v1.attention import selector
 from vllm.v1.attention.backend import AttentionBackend, AttentionLayer, CommonAttentionMetadata
@@ -70,7 +74,7 @@ class PerHeadWorker:
         first = next(iter(layers.values()))
         pool = PagePool(caches, self.page_format(first, caches[0]))
         config = parse_engine_config(vllm_config.additional_config["kv_compress"])
-        self.compressor = Compressor(config, pool, first.impl.scale)
+        self.compressor = Compressor(config, pool, first.impl.scale, _mean_over_ranks)
         self._view = StepView(self.compressor, runner)
         for layer in layers.values():
             layer.impl.bind(pool, pool.layer_of(layer.kv_cache))
@@ -101,6 +105,12 @@ class PerHeadWorker:
         """For `collective_rpc`: raise where the worker's page tables do not add up."""
         assert self.compressor is not None
         self.compressor.check_integrity()
+
+
+def _mean_over_ranks(own: Tensor) -> Tensor:
+    """The mean of the tensor-parallel ranks' tensors."""
+    ranks = get_tensor_model_parallel_world_size()
+    return own if ranks == 1 else tensor_model_parallel_all_reduce(own) / ranks
 
 
 @contextmanager

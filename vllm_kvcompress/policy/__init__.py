@@ -1,6 +1,6 @@
 """WHAT to keep: torch only, knows nothing of vLLM. See docs/add-a-policy.md."""
 
-from vllm_kvcompress.policy import allocators, attention, scorers, selectors
+from vllm_kvcompress.policy import allocators, attention, scorers, selectors, windows
 from vllm_kvcompress.policy.interfaces import Allocator, Scorer, Selector
 from vllm_kvcompress.policy.observation import Observation
 from vllm_kvcompress.policy.policy import Kept, Policy
@@ -11,7 +11,7 @@ from vllm_kvcompress.policy.registry import (
     register_selector,
 )
 
-BUILT_IN = (allocators, attention, scorers, selectors)  # importing them registers them
+BUILT_IN = (allocators, attention, scorers, selectors, windows)  # importing them registers them
 
 __all__ = [
     "BUILT_IN",

@@ -16,11 +16,15 @@ class Scorer(ABC):
     """Says how much each candidate is worth.
 
     A scorer that sets a `needs_*` to False spares the engine from keeping that tensor aside.
+    One that sets `shared_by_heads` gives all heads of a layer the same scores, means over heads;
+    under tensor parallelism they are averaged over the ranks. Its candidates must be the same
+    for all heads (`Observation.positions` is `[n]`), so it cannot judge a second time.
     """
 
     needs_queries: ClassVar[bool] = True
     needs_keys: ClassVar[bool] = True
     needs_values: ClassVar[bool] = True
+    shared_by_heads: ClassVar[bool] = False
 
     @abstractmethod
     def score(self, obs: Observation, layer: int) -> Tensor:

@@ -26,11 +26,21 @@ class Kept:
 
 @dataclass(frozen=True)
 class Policy:
-    """Who scores, who allocates, who selects."""
+    """Who scores, who allocates, who selects.
+
+    group_layers: how many consecutive layers share one scoring: the first of them, the leader,
+        is scored, the others take its scores. With an allocator that gives the layers of a
+        group the same pages, they keep the same tokens.
+    """
 
     scorer: Scorer
     allocator: Allocator
     selector: Selector
+    group_layers: int = 1
+
+    def leader(self, layer: int) -> int:
+        """The layer whose scores `layer` takes."""
+        return layer - layer % self.group_layers
 
     def keep(
         self,

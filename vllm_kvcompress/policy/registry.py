@@ -43,18 +43,28 @@ def register_selector(name: str) -> Callable[[K], K]:
     return lambda make: _register("selector", _selectors, name, make)
 
 
-def build(preset: Preset) -> Policy:
-    """Make the policy that a preset names.
+def build(preset: Preset, layers: int | None = None) -> Policy:
+    """Make the policy that a preset names, for a model of `layers` layers.
+
+    Without `layers` only what does not depend on the model is checked.
 
     Raises:
         ValueError: a component is unknown, or a parameter of it is unknown, missing or out of
             range; one line that says which and what is allowed.
     """
     _load_third_parties()
+    group_layers = preset.layers_per_group(layers) if layers is not None else 1
+    scorer = _make("scorer", _scorers, preset.scorer)
+    if scorer.shared_by_heads and preset.continual:
+        raise ValueError(
+            f"scorer {preset.scorer.name!r} shares its scores among heads, which keep different "
+            "tokens once they are compressed again: leave out `continual`"
+        )
     return Policy(
-        scorer=_make("scorer", _scorers, preset.scorer),
-        allocator=_make("allocator", _allocators, preset.allocator),
+        scorer=scorer,
+        allocator=_make("allocator", _allocators, preset.allocator, group_layers=group_layers),
         selector=_make("selector", _selectors, preset.selector),
+        group_layers=group_layers,
     )
 
 
@@ -64,7 +74,10 @@ def _register(kind: str, known: dict[str, Any], name: str, make: Any) -> Any:
     return make
 
 
-def _make(kind: str, known: dict[str, Callable[..., Any]], component: Component) -> Any:
+def _make(
+    kind: str, known: dict[str, Callable[..., Any]], component: Component, **offered: Any
+) -> Any:
+    """Make a component from its parameters, and from what is `offered` if it takes it."""
     if component.name not in known:
         names = ", ".join(sorted(known))
         raise ValueError(f"unknown {kind} {shorten(component.name)}; known: {names}")
@@ -77,7 +90,8 @@ def _make(kind: str, known: dict[str, Callable[..., Any]], component: Component)
         raise ValueError(f"{where} has no parameter {shorten(unknown[0])}; known: {allowed}")
     try:
         _check_types(make, params)
-        return make(**params)
+        taken = {name: value for name, value in offered.items() if name in signature}
+        return make(**{**taken, **params})
     except ValidationError as error:
         raise ValueError(f"{where}: {first_problem(error)}") from None
     except (TypeError, ValueError) as error:
