@@ -22,5 +22,6 @@ setup(
     package_data={
         "vllm_kvcompress": ["demo_model/*"],
         "vllm_kvcompress.configs": ["*.yaml"],
+        "vllm_kvcompress.policy": ["*.json"],
     },
 )

@@ -16,6 +16,7 @@ class Settings:
 
     `budget_tokens`, where given, rules over `rate`. `window_tokens` is the number of last
     prompt queries that judge the rest; `sink_tokens` and `recent_tokens` are kept in every head.
+    `task` is the class of the request's task where its preset tells classes apart.
     """
 
     preset: str
@@ -27,6 +28,7 @@ class Settings:
     continual: bool = False
     continual_slack_blocks: int = 4
     force_arena: bool = False
+    task: str | None = None
 
     def wishes_compression(self) -> bool:
         """Whether any prompt at all could be compressed under these settings."""

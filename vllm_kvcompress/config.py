@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from functools import cache
 from importlib import resources
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeGuard
+from typing import Annotated, Any, Literal, TypeGuard, get_args
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
@@ -19,8 +19,19 @@ OFF = "off"
 DEFAULT_PRESET = "kv-compress"
 MAX_RATE = 1024
 REQUEST_PREFIX = "kv_compress"
-REQUEST_KEYS = ("kv_compress", "kv_compress_rate", "kv_compress_budget")
-REFUSAL_REASONS = ("unknown_preset", "unknown_knob", "rate_and_budget", "bad_rate", "bad_budget")
+REQUEST_KEYS = ("kv_compress", "kv_compress_rate", "kv_compress_budget", "kv_compress_task")
+REFUSAL_REASONS = (
+    "unknown_preset",
+    "unknown_knob",
+    "rate_and_budget",
+    "bad_rate",
+    "bad_budget",
+    "bad_task",
+)
+Task = Literal["localization", "aggregation"]
+AUTO = "auto"
+TASKS: tuple[Task, ...] = get_args(Task)
+UNKNOWN_TASK: Task = "localization"  # of prompts without text
 
 
 class KnobError(ValueError):
@@ -46,11 +57,21 @@ class Component(BaseModel):
         return dict(self.model_extra or {})
 
 
+class TaskChanges(_Model):
+    """What a preset does differently for one class of tasks."""
+
+    scorer: Component | None = None
+    window_tokens: int | None = Field(default=None, ge=1, le=1024)
+    recent_tokens: int | None = Field(default=None, ge=0, le=4096)
+
+
 class Preset(_Model):
     """One way to compress: who scores, who allocates, who selects, and the numbers.
 
     group_layers: layers that share one scoring (WindowKV): a number that divides the model's,
         or "quarter": a quarter of the layers (8 of 32), or the next smaller divisor.
+    tasks: changes for the classes of tasks (WindowKV), for both of them or none.
+    task: the class of a request that names none; "auto": the one its prompt looks like.
     """
 
     name: str = Field(pattern=r"^[a-z0-9][a-z0-9._-]{0,63}$")
@@ -66,12 +87,31 @@ class Preset(_Model):
     continual: bool = False
     continual_slack_blocks: int = Field(default=4, ge=1, le=1024)
     group_layers: Annotated[int, Field(ge=1)] | Literal["quarter"] = 1
+    tasks: dict[Task, TaskChanges] = Field(default_factory=dict)
+    task: Task | Literal["auto"] = "auto"
 
     @model_validator(mode="after")
     def _off_is_reserved(self) -> "Preset":
         if self.name == OFF:
             raise ValueError(f"{OFF!r} means no compression and cannot name a preset")
         return self
+
+    @model_validator(mode="after")
+    def _both_tasks_or_none(self) -> "Preset":
+        if len(self.tasks) not in (0, len(TASKS)):
+            raise ValueError(f"tasks: give changes for each of {', '.join(TASKS)}")
+        return self
+
+    def for_task(self, task: Task | None) -> "Preset":
+        """This preset as it serves a request of that class; None where it knows no classes."""
+        if task is None:
+            return self
+        changes = {k: v for k, v in self.tasks[task] if v is not None}
+        return self.model_copy(update={**changes, "tasks": {}})
+
+    def variants(self) -> list["Preset"]:
+        """What requests may get of this preset: itself, or one for each class of tasks."""
+        return [self.for_task(task) for task in self.tasks] or [self]
 
     def layers_per_group(self, layers: int) -> int:
         """`group_layers` for a model of that many layers.
@@ -183,7 +223,40 @@ class EngineConfig(_Model):
                     f"tokens from 1 to {max_tokens}",
                 )
             changes |= {"budget_tokens": int(budget)}
-        return None if name == OFF else presets[name].settings(**changes)
+        task = knobs.get("kv_compress_task")
+        if "kv_compress_task" in knobs:
+            if task not in (*TASKS, AUTO):
+                raise KnobError(
+                    "kv_compress_task",
+                    "bad_task",
+                    f"kv_compress_task={shorten(task)} is not allowed: give one of "
+                    f"{', '.join((*TASKS, AUTO))}",
+                )
+            if name != OFF and not presets[name].tasks:
+                knowing = [other for other, preset in sorted(presets.items()) if preset.tasks]
+                raise KnobError(
+                    "kv_compress_task",
+                    "bad_task",
+                    f"kv_compress_task has no effect on preset {name!r}: leave it out, or take "
+                    f"a preset that knows tasks: {', '.join(knowing)}",
+                )
+        if name == OFF:
+            return None
+        preset = presets[name]
+        if not preset.tasks:
+            return preset.settings(**changes)
+        task = preset.task if task is None else task
+        known: Task = UNKNOWN_TASK if task == AUTO else task
+        return preset.for_task(known).settings(task=known, **changes)
+
+    def wants_task(self, xargs: Mapping[str, Any] | None) -> bool:
+        """Whether the class of this request's task is still to be told from its prompt."""
+        xargs = xargs or {}
+        name = xargs.get("kv_compress", self.preset)
+        preset = self.known_presets().get(name) if isinstance(name, str) else None
+        if preset is None or not preset.tasks:
+            return False
+        return xargs.get("kv_compress_task", preset.task) == AUTO
 
     def settings_or_off(self, xargs: Mapping[str, Any] | None) -> Settings | None:
         """As `request_settings`, for where an error can no longer be told to anybody.

@@ -33,6 +33,7 @@ def test_good_knobs_and_those_of_others_pass_on_to_vllm() -> None:
         {"kv_compress": "off"},
         {"kv_compress": "snapkv", "kv_compress_rate": 1024},
         {"kv_compress_budget": 4096.0},
+        {"kv_compress": "windowkv", "kv_compress_task": "auto"},
     ]
     for xargs in good:
         check(SamplingParams(extra_args=xargs))
@@ -49,6 +50,7 @@ def test_good_knobs_and_those_of_others_pass_on_to_vllm() -> None:
         ({"kv_compress_rate": True}, "bad_rate"),
         ({"kv_compress_budget": 4097}, "bad_budget"),
         ({"kv_compress_rate": 2, "kv_compress_budget": 9}, "rate_and_budget"),
+        ({"kv_compress_task": "summary"}, "bad_task"),
         ({"kv_compress_" + "x" * 100_000: 1}, "unknown_knob"),
     ],
 )

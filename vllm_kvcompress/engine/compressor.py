@@ -79,7 +79,7 @@ class Compressor:
         self._config = config
         self._scale = scale
         self._mean_over_ranks = mean_over_ranks
-        self._policies: dict[str, Policy] = {}
+        self._policies: dict[tuple[str, str | None], Policy] = {}
         self._requests: dict[str, _Request] = {}
         self._due: list[_Due] = []
         self._passing: dict[str, tuple[int, int]] = {}  # step's (first token, count) per window
@@ -156,11 +156,12 @@ class Compressor:
         return blocks[:-arena]
 
     def _policy(self, settings: Settings) -> Policy:
-        policy = self._policies.get(settings.preset)
+        key = settings.preset, settings.task
+        policy = self._policies.get(key)
         if policy is None:
-            preset = self._config.known_presets()[settings.preset]
+            preset = self._config.known_presets()[settings.preset].for_task(settings.task)
             policy = build(preset, self.pool.num_layers)
-            self._policies[settings.preset] = policy
+            self._policies[key] = policy
         return policy
 
     # While the runner prepares and runs the step

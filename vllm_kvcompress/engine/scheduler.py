@@ -16,6 +16,7 @@ from vllm.v1.request import Request, RequestStatus
 from vllm_kvcompress import accounting
 from vllm_kvcompress.accounting import Plan, Settings
 from vllm_kvcompress.config import OFF, EngineConfig, parse_engine_config
+from vllm_kvcompress.engine.prompt_tasks import PromptTasks
 from vllm_kvcompress.engine.stats import STATS_KEY, RequestRecord, Totals, WorkerStats
 from vllm_kvcompress.paging.manager import PerHeadManager, manager_of
 
@@ -28,6 +29,7 @@ class _PerHead(Scheduler):
         self.per_head: PerHeadManager = manager_of(self.kv_cache_manager)
         self.totals = Totals(pages_per_block=_pages_per_block(self.kv_cache_config))
         self._planned: dict[str, tuple[Plan, Settings | None]] = {}
+        self._tasks = PromptTasks(self.vllm_config.model_config)
 
     def add_request(self, request: Request) -> None:
         if request.request_id not in self.requests:
@@ -48,6 +50,9 @@ class _PerHead(Scheduler):
             return None
         if request.resumable:  # its prompt grows between chunks; workers read the same knob
             params.extra_args = {**(params.extra_args or {}), "kv_compress": OFF}
+        elif self.kv_compress.wants_task(params.extra_args):
+            task = self._tasks.of(request.prompt_token_ids)
+            params.extra_args = {**(params.extra_args or {}), "kv_compress_task": task}
         return self.kv_compress.settings_or_off(params.extra_args)
 
     def _get_local_prefix_cache_hit(

@@ -65,7 +65,8 @@ def _checked(raw: Any) -> EngineConfig:
     try:
         config = parse_engine_config(raw)
         for preset in config.known_presets().values():
-            build(preset)
+            for variant in preset.variants():
+                build(variant)
     except ValueError as error:
         raise StartupError(" ".join(str(error).split())) from None
     return config
@@ -76,6 +77,7 @@ def _check_for_model(config: EngineConfig, vllm_config: VllmConfig) -> None:
     layers = vllm_config.model_config.get_total_num_hidden_layers()
     for preset in config.known_presets().values():
         try:
-            build(preset, layers)
+            for variant in preset.variants():
+                build(variant, layers)
         except ValueError as error:
             raise StartupError(" ".join(str(error).split())) from None
