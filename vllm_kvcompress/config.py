@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from functools import cache
 from importlib import resources
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeGuard, get_args
+from typing import Annotated, Any, Literal, TypeGuard, cast, get_args
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
@@ -27,6 +27,8 @@ REFUSAL_REASONS = (
     "bad_rate",
     "bad_budget",
     "bad_task",
+    "tsp_unavailable",
+    "tsp_prompt_logprobs",
 )
 Task = Literal["localization", "aggregation"]
 AUTO = "auto"
@@ -72,6 +74,9 @@ class Preset(_Model):
         or "quarter": a quarter of the layers (8 of 32), or the next smaller divisor.
     tasks: changes for the classes of tasks (WindowKV), for both of them or none.
     task: the class of a request that names none; "auto": the one its prompt looks like.
+    tsp_rate, tsp_tokens: with one of them, only so many tokens of a prompt, chosen by
+        `propagator`, go on above layer `tsp_layer` (FastKV's token-selective propagation).
+    tsp_layer: 0-based, the last layer that sees all tokens; None: `L/2 - 1`.
     """
 
     name: str = Field(pattern=r"^[a-z0-9][a-z0-9._-]{0,63}$")
@@ -89,12 +94,43 @@ class Preset(_Model):
     group_layers: Annotated[int, Field(ge=1)] | Literal["quarter"] = 1
     tasks: dict[Task, TaskChanges] = Field(default_factory=dict)
     task: Task | Literal["auto"] = "auto"
+    propagator: Component = Component(name="attention")
+    tsp_rate: float | None = Field(default=None, gt=0, le=1)
+    tsp_tokens: int | None = Field(default=None, ge=1, le=2**31)
+    tsp_layer: int | None = Field(default=None, ge=0)
 
     @model_validator(mode="after")
     def _off_is_reserved(self) -> "Preset":
         if self.name == OFF:
             raise ValueError(f"{OFF!r} means no compression and cannot name a preset")
         return self
+
+    @model_validator(mode="after")
+    def _one_tsp_size(self) -> "Preset":
+        if self.tsp_rate is not None and self.tsp_tokens is not None:
+            raise ValueError("tsp_rate and tsp_tokens exclude each other: give one of them")
+        if self.tsp_layer is not None and not self.propagates:
+            raise ValueError("tsp_layer has no effect without tsp_rate or tsp_tokens")
+        return self
+
+    @property
+    def propagates(self) -> bool:
+        """Whether the deep layers see selected tokens only."""
+        return self.tsp_rate is not None or self.tsp_tokens is not None
+
+    def last_full_layer(self, layers: int) -> int:
+        """`tsp_layer` for a model of that many layers.
+
+        Raises:
+            ValueError: there is no layer above it.
+        """
+        layer = max(0, layers // 2 - 1) if self.tsp_layer is None else self.tsp_layer
+        if layer > layers - 2:
+            raise ValueError(
+                f"preset {self.name!r}: tsp_layer={layer} leaves no layer above it in a model of "
+                f"{layers} layers; allowed: 0 to {layers - 2}"
+            )
+        return layer
 
     @model_validator(mode="after")
     def _both_tasks_or_none(self) -> "Preset":
@@ -140,6 +176,8 @@ class Preset(_Model):
             recent_tokens=self.recent_tokens,
             continual=self.continual,
             continual_slack_blocks=self.continual_slack_blocks,
+            tsp_rate=self.tsp_rate,
+            tsp_tokens=self.tsp_tokens,
         )
         return Settings(**{**fields, **changes})
 
@@ -150,11 +188,16 @@ class EngineConfig(_Model):
     preset: what a request gets that names none: a shipped preset, or one of `presets`, or
         "off" (compress only the requests that ask for it).
     presets: further presets by name, for instance the file given to `--kv-compress`.
-    test_force_arena: for tests only; sends every prompt through an arena, even at rate 1.
+    tsp_max_inflight_tokens: prompt tokens of all requests whose deep layers still wait for
+        their last chunk; their hidden states take memory from the cache. None: the context
+        length where the model allows TSP; 0: no TSP.
+    test_force_arena: for tests only; sends every prompt through an arena, even at rate 1, and
+        through token-selective propagation, even if that selects all tokens.
     """
 
     preset: str = DEFAULT_PRESET
     presets: dict[str, Preset] = Field(default_factory=dict)
+    tsp_max_inflight_tokens: int | None = Field(default=None, ge=0, le=2**31)
     test_force_arena: bool = False
 
     @model_validator(mode="after")
@@ -243,10 +286,17 @@ class EngineConfig(_Model):
         if name == OFF:
             return None
         preset = presets[name]
+        if preset.propagates and self.tsp_max_inflight_tokens == 0:
+            raise KnobError(
+                "kv_compress",
+                "tsp_unavailable",
+                f"kv_compress: preset {name!r} propagates selected tokens, which this server does "
+                "not do: its model or a feature does not allow it, or tsp_max_inflight_tokens is 0",
+            )
         if not preset.tasks:
             return preset.settings(**changes)
         task = preset.task if task is None else task
-        known: Task = UNKNOWN_TASK if task == AUTO else task
+        known = cast(Task, UNKNOWN_TASK if task == AUTO else task)
         return preset.for_task(known).settings(task=known, **changes)
 
     def wants_task(self, xargs: Mapping[str, Any] | None) -> bool:
@@ -309,6 +359,8 @@ def parse_engine_config(raw: Any) -> EngineConfig:
                 f"unknown key {shorten(unknown[0])}; known: {', '.join(sorted(set(allowed)))}"
             )
         base = config.known_presets()[config.preset].model_dump()
+        if {"tsp_rate", "tsp_tokens"} & set(overrides):
+            base |= {"tsp_rate": None, "tsp_tokens": None}
         preset = Preset(**{**base, **overrides})
         return EngineConfig(**{**own, "presets": {**config.presets, preset.name: preset}})
     except ValidationError as error:

@@ -27,13 +27,14 @@ def engine(
     blocks: int = 1500,
     step_tokens: int = 1024,
     max_requests: int = 64,
+    model: str = DEMO_MODEL,
     **options: Any,
 ) -> LLM:
     """The engine with these settings; the same one for the same settings."""
-    key = repr((kv_compress, blocks, step_tokens, max_requests, sorted(options.items())))
+    key = repr((model, kv_compress, blocks, step_tokens, max_requests, sorted(options.items())))
     if key not in _started:
         _started[key] = LLM(
-            model=DEMO_MODEL,
+            model=model,
             dtype="float32",
             enforce_eager=True,
             block_size=BLOCK,

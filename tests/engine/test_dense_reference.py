@@ -29,7 +29,7 @@ pytestmark = pytest.mark.engine
 LENGTHS = [20, 31, 32, 33, 64, 65, 320, 321, 500, 735]
 PRESET = shipped_presets()["kv-compress"]
 PRESETS = (
-    "kv-compress-paper snapkv adakv pyramidkv fastkv windowkv streaming-llm keydiff random".split()
+    "kv-compress-paper snapkv adakv pyramidkv windowkv streaming-llm keydiff random".split()
 )
 
 

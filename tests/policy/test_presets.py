@@ -29,6 +29,8 @@ METHODS = {
     "pyramidkv": (AttentionScorer, PyramidAllocator),
     "adakv": (AttentionScorer, AdaptiveAllocator),
     "fastkv": (AttentionScorer, UniformAllocator),
+    "fastkv-constant": (AttentionScorer, UniformAllocator),
+    "tsp": (AttentionScorer, UniformAllocator),
     "windowkv": (WindowScorer, GroupPyramidAllocator),
     "keydiff": (KeyDiffScorer, UniformAllocator),
     "streaming-llm": (PositionScorer, UniformAllocator),

@@ -30,7 +30,7 @@ def test_a_prompt_without_a_known_word_has_a_class_too() -> None:
 
 
 def test_a_request_at_the_end_of_a_long_text_is_found() -> None:
-    """The text is longer than 512 tokens can be; `pytest -s` prints the time, nothing asserts it."""
+    """Longer than 512 tokens can be; `pytest -s` prints the time, nothing asserts it."""
     text = "question of the whole text\n\n" + "and the other words " * 600 + "\n\nsummarize this"
     began = time.perf_counter()
     for _ in range(100):

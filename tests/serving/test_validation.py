@@ -67,6 +67,16 @@ def test_a_bad_knob_is_a_400_and_a_value_error_and_is_counted(xargs, reason) -> 
     assert counted._value.get() == 1 and PREFIX.startswith("vllm:")
 
 
+def test_prompt_logprobs_and_propagation_exclude_each_other() -> None:
+    seen = []
+    check = check_of({"preset": "fastkv"}, then=seen.append, name="prompt-logprobs")
+    check(SamplingParams(prompt_logprobs=1, extra_args={"kv_compress": "snapkv"}))
+    check(SamplingParams(logprobs=1))
+    with pytest.raises(VLLMValidationError, match=r"prompt_logprobs=0 is not allowed.*'fastkv'"):
+        check(SamplingParams(prompt_logprobs=0))
+    assert len(seen) == 2 and check.refusals == {"tsp_prompt_logprobs": 1}
+
+
 def test_a_beam_search_takes_no_knobs() -> None:
     refuse_knobs_of_beam_search(None)
     refuse_knobs_of_beam_search({"other": 1, "kv_compressor": 2})

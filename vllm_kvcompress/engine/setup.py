@@ -13,6 +13,7 @@ from vllm.config import VllmConfig
 from vllm.platforms import current_platform
 
 from vllm_kvcompress.config import EngineConfig, parse_engine_config
+from vllm_kvcompress.engine.propagation_limits import with_tsp_capacity
 from vllm_kvcompress.engine.refusals import (
     AFTER,
     BEFORE,
@@ -54,6 +55,8 @@ def configured(
     engine_args.worker_cls = "auto"
     refuse(AFTER, vllm_config)
     _check_for_model(config, vllm_config)
+    config = with_tsp_capacity(config, vllm_config)
+    vllm_config.additional_config["kv_compress"] = config.to_dict()
     scheduler_config = vllm_config.scheduler_config
     scheduler_config.scheduler_cls = (
         ASYNC_SCHEDULER if scheduler_config.async_scheduling else SCHEDULER

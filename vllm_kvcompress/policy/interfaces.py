@@ -1,6 +1,6 @@
-"""The three parts of a policy: who scores, who allocates, who selects.
+"""The parts of a policy: who scores, who allocates, who selects, who propagates.
 
-L layers, H KV heads of this rank, n candidates, B tokens per page. All three are pure: the
+L layers, H KV heads of this rank, n candidates, B tokens per page. All are pure: the
 answer for a request depends on its own tensors only, never on what else is in the batch.
 """
 
@@ -59,4 +59,16 @@ class Selector(ABC):
 
         So they are grouped by (layer, head) and sorted by position inside a head, and each head
         has exactly `pages[l, h] * B` of them. Takes `scores` as `Allocator.allocate` does.
+        """
+
+
+class Propagator(ABC):
+    """Says how much each token of a prompt matters to the layers above `tsp_layer`."""
+
+    @abstractmethod
+    def saliency(self, obs: Observation, layer: int) -> Tensor:
+        """f32 `[n]`, higher = propagate; summed over this rank's heads.
+
+        The candidates are all tokens of the prompt. Under tensor parallelism the ranks' answers
+        are averaged, so that all select the same tokens.
         """

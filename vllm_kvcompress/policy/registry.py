@@ -14,7 +14,7 @@ from typing import Any, TypeVar, get_type_hints
 from pydantic import ConfigDict, ValidationError, create_model
 
 from vllm_kvcompress.config import Component, Preset, first_problem, shorten
-from vllm_kvcompress.policy.interfaces import Allocator, Scorer, Selector
+from vllm_kvcompress.policy.interfaces import Allocator, Propagator, Scorer, Selector
 from vllm_kvcompress.policy.policy import Policy
 
 ENTRY_POINT_GROUP = "vllm_kvcompress.policies"
@@ -22,10 +22,12 @@ ENTRY_POINT_GROUP = "vllm_kvcompress.policies"
 S = TypeVar("S", bound=Callable[..., Scorer])
 A = TypeVar("A", bound=Callable[..., Allocator])
 K = TypeVar("K", bound=Callable[..., Selector])
+P = TypeVar("P", bound=Callable[..., Propagator])
 
 _scorers: dict[str, Callable[..., Scorer]] = {}
 _allocators: dict[str, Callable[..., Allocator]] = {}
 _selectors: dict[str, Callable[..., Selector]] = {}
+_propagators: dict[str, Callable[..., Propagator]] = {}
 
 
 def register_scorer(name: str) -> Callable[[S], S]:
@@ -43,6 +45,11 @@ def register_selector(name: str) -> Callable[[K], K]:
     return lambda make: _register("selector", _selectors, name, make)
 
 
+def register_propagator(name: str) -> Callable[[P], P]:
+    """Decorate a class, or a function that makes a `Propagator`, to give it a name."""
+    return lambda make: _register("propagator", _propagators, name, make)
+
+
 def build(preset: Preset, layers: int | None = None) -> Policy:
     """Make the policy that a preset names, for a model of `layers` layers.
 
@@ -54,6 +61,8 @@ def build(preset: Preset, layers: int | None = None) -> Policy:
     """
     _load_third_parties()
     group_layers = preset.layers_per_group(layers) if layers is not None else 1
+    if layers is not None and preset.propagates:
+        preset.last_full_layer(layers)
     scorer = _make("scorer", _scorers, preset.scorer)
     if scorer.shared_by_heads and preset.continual:
         raise ValueError(
@@ -64,6 +73,9 @@ def build(preset: Preset, layers: int | None = None) -> Policy:
         scorer=scorer,
         allocator=_make("allocator", _allocators, preset.allocator, group_layers=group_layers),
         selector=_make("selector", _selectors, preset.selector),
+        propagator=(
+            _make("propagator", _propagators, preset.propagator) if preset.propagates else None
+        ),
         group_layers=group_layers,
     )
 
