@@ -2,7 +2,7 @@
 #   make serve PORT=9000 ARGS="--max-num-seqs 8"        make test ARGS="-k lock"
 
 .DEFAULT_GOAL := help
-.PHONY: help install serve test lint clean
+.PHONY: help install serve bench test lint clean
 
 VENV ?= .venv
 PORT ?= 8000
@@ -19,6 +19,7 @@ PURE_ROOMS := $(wildcard $(addprefix vllm_kvcompress/,policy accounting.py confi
 help:
 	@echo "make install   $(VENV)/ with vLLM 0.32 and this project, for the CPU or GPU found here"
 	@echo "make serve     install, then serve MODEL (the shipped demo model) with --kv-compress on PORT (8000)"
+	@echo "make bench     install, then measure the demo model and show all of it in $(RESULTS)/index.html"
 	@echo "make test      install, then run the tests; ARGS go to pytest"
 	@echo "make lint      install, then ruff, and mypy on the pure rooms"
 	@echo "make clean     remove caches and build results; $(VENV)/ stays"
@@ -48,6 +49,20 @@ serve: install
 	@$(EXAMPLE)
 	@$(EXAMPLE) --when-ready & \
 	exec $(VENV)/bin/vllm serve $(MODEL) --kv-compress $(SERVED_AS) --port $(PORT) $(ARGS)
+
+# Under 10 minutes on two idle cores, and 2 more the first time: kvpress gets its own .venv-kvpress.
+# An interrupted quality run goes on where it stopped. A missed verdict is on the page, not a failure.
+RESULTS ?= results
+BENCH := $(VENV)/bin/vllm-kvcompress bench
+QUALITY ?= --n 100 --lengths 1024 --policies kv-compress snapkv random --budgets 0.5 0.25 0.125 0.0625
+PEERS ?= --peer kvpress:SnapKVPress --peer "kvpress:AdaKVPress(press=SnapKVPress)" --peer kvpress:KeyDiffPress
+THROUGHPUT ?= --rates 2 8 --prompts 4 16 --prompt-tokens 512 2048 --output-tokens 128 --rounds 3
+
+bench: install
+	$(BENCH) quality $(QUALITY) $(PEERS) --json $(RESULTS)/quality.json
+	@rm -f $(RESULTS)/throughput.json
+	$(BENCH) throughput $(THROUGHPUT) --json $(RESULTS)/throughput.json || test -f $(RESULTS)/throughput.json
+	$(BENCH) report $(RESULTS)
 
 test: install
 	$(VENV)/bin/pytest $(ARGS)

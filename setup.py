@@ -21,6 +21,8 @@ setup(
     package_dir=package_dir,
     package_data={
         "vllm_kvcompress": ["demo_model/*"],
+        "vllm_kvcompress.bench.peers": ["*.lock"],
+        "vllm_kvcompress.bench.report": ["*.jinja"],
         "vllm_kvcompress.configs": ["*.yaml"],
         "vllm_kvcompress.policy": ["*.json"],
     },

@@ -19,7 +19,11 @@ FIRST_WORD = 16  # token ids below are special
 
 @dataclass(frozen=True)
 class EngineSpec:
-    """An engine as a benchmark wants it. `kv_compress` None: without this project's settings."""
+    """An engine as a benchmark wants it.
+
+    kv_compress: this project's settings; None for an engine without.
+    kv_cache_dtype: as vLLM's option; `auto` is the model's own.
+    """
 
     model: str
     cache_blocks: int
@@ -32,6 +36,20 @@ class EngineSpec:
     prefix_caching: bool = True
     load_format: str = "auto"
     eager: bool = True
+    kv_cache_dtype: str = "auto"
+
+
+@dataclass(frozen=True)
+class Cache:
+    """What an engine really allocated: blocks that requests can hold, and what each takes."""
+
+    blocks: int
+    block_bytes: int
+    element_bytes: int
+
+    @property
+    def total_bytes(self) -> int:
+        return self.blocks * self.block_bytes
 
 
 def environment(threads: int, plugin: bool = True) -> dict[str, str]:
@@ -69,7 +87,20 @@ def open_engine(spec: EngineSpec) -> Any:
         max_num_batched_tokens=spec.batched_tokens,
         max_num_seqs=spec.max_seqs,
         enable_prefix_caching=spec.prefix_caching,
+        kv_cache_dtype=spec.kv_cache_dtype,
         additional_config=settings,
+    )
+
+
+def cache_of(llm: Any) -> Cache:
+    """The cache of an open engine, without vLLM's null block."""
+    config = scheduler_of(llm).kv_cache_config
+    total_bytes = sum(tensor.size for tensor in config.kv_cache_tensors)
+    (group,) = config.kv_cache_groups
+    return Cache(
+        blocks=config.num_blocks - 1,
+        block_bytes=total_bytes // config.num_blocks,
+        element_bytes=group.kv_cache_spec.dtype.itemsize,
     )
 
 
@@ -127,8 +158,13 @@ class Round:
 
 
 def run(llm: Any, work: Workload, trace: bool = False) -> Round:
-    """Submit all prompts at once and step the engine until every answer is written."""
+    """Submit all prompts at once and step the engine until every answer is written.
+
+    The prefix cache is emptied first: rounds of one engine may repeat the same prompts.
+    """
     from vllm import SamplingParams
+
+    llm.reset_prefix_cache()
 
     vocabulary = llm.model_config.get_vocab_size()
     prompts = [{"prompt_token_ids": ids} for ids in work.token_ids(vocabulary)]

@@ -7,12 +7,14 @@ import shlex
 import subprocess
 import sys
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from statistics import median
 from typing import Any
+
+from vllm_kvcompress.bench.table import Table
 
 PACKAGES = ("vllm-kvcompress", "vllm", "torch", "numpy")
 
@@ -70,8 +72,9 @@ class Verdict:
         shown = f"{self.what}: {self.measured.text(3)}, target {bound} {self.target:g}"
         if self.met:
             return f"met     {shown}"
-        off = abs(self.measured.median / self.target - 1)
-        return f"MISSED  {shown}: {off:.0%} {'above' if self.at_most else 'below'}"
+        off = abs(self.measured.median - self.target)
+        by = f"{off / abs(self.target):.0%}" if self.target else f"{off:.3g}"
+        return f"MISSED  {shown}: {by} {'above' if self.at_most else 'below'}"
 
 
 def machine_facts(threads: int) -> dict[str, Any]:
@@ -99,31 +102,44 @@ def cpu_model(cpuinfo: Path = Path("/proc/cpuinfo")) -> str:
     return models[0] if models else "unknown"
 
 
-def write_report(path: Path, threads: int, parameters: Mapping[str, Any], **results: Any) -> None:
-    """A JSON report: the command, the machine, the parameters, then the results."""
+def write_report(
+    path: Path,
+    threads: int,
+    parameters: Mapping[str, Any],
+    *,
+    bench: str = "",
+    title: str = "",
+    tables: Iterable[Table] = (),
+    plots: Iterable[Path] = (),
+    verdicts: Iterable[Verdict] = (),
+    **results: Any,
+) -> None:
+    """A JSON report: the command, the machine, the parameters, then the results.
+
+    Args:
+        bench: which command made it, the word after `vllm-kvcompress bench`.
+        title: one line for people.
+        plots: image files; those beside the report, or below it, are shown by `bench report`.
+
+    Raises:
+        SystemExit: with one line, when the file cannot be written.
+    """
     report = {
+        "bench": bench,
+        "title": title,
         "command": shlex.join(["python", *sys.orig_argv[1:]]),
         "machine": machine_facts(threads),
         "parameters": {key: _plain(value) for key, value in parameters.items()},
+        "tables": [asdict(table) for table in tables],
+        "plots": [os.path.relpath(plot, path.parent) for plot in plots],
+        "verdicts": [{**asdict(verdict), "met": verdict.met} for verdict in verdicts],
         **results,
     }
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(report, indent=1) + "\n")
-
-
-def repeat_options(arguments: Sequence[str], options: Iterable[str]) -> list[str]:
-    """`--rates 1 8` as `--rates 1 --rates 8`, which is how the parser knows lists."""
-    lists, out = set(options), []
-    current: str | None = None
-    for argument in arguments:
-        if argument in lists:
-            current = argument
-        elif current is None or argument.startswith("--"):
-            current = None
-            out.append(argument)
-        else:
-            out += [current, argument]
-    return out
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(report, indent=1) + "\n")
+    except OSError as error:
+        raise SystemExit(f"cannot write {path}: {error.strerror}") from None
 
 
 def _plain(value: Any) -> Any:

@@ -8,7 +8,7 @@ import os
 import sys
 from collections import Counter, defaultdict
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from time import perf_counter
 from typing import Annotated, Any
@@ -28,10 +28,12 @@ from vllm_kvcompress.bench.engine import (
     scheduler_of,
 )
 from vllm_kvcompress.bench.harness import Summary, Verdict, write_report
+from vllm_kvcompress.bench.progress import progress_bar
 
 VLLM, BUILDER, ACCOUNTING = "vLLM", "metadata builder", "accounting"
 COMPRESSION, ATTENTION = "compression", "per-head attention"
 OURS = (BUILDER, ACCOUNTING)
+WARM_UP = 3
 REPORT_WIDTH = 110
 
 
@@ -136,7 +138,12 @@ def steps(llm: Any, clock: Clock, work: Workload, cost: tuple[float, float]) -> 
     from vllm import SamplingParams
 
     prompts = [{"prompt_token_ids": i} for i in work.token_ids(llm.model_config.get_vocab_size())]
-    params = SamplingParams(temperature=0, max_tokens=work.output_tokens, ignore_eos=True)
+    params = SamplingParams(
+        temperature=0,
+        max_tokens=work.output_tokens,
+        ignore_eos=True,
+        extra_args=dict(work.extra_args) if work.extra_args else None,
+    )
     llm.enqueue(prompts, params, use_tqdm=False)
     engine, scheduler = llm.llm_engine, scheduler_of(llm)
     done = []
@@ -159,6 +166,34 @@ def steps(llm: Any, clock: Clock, work: Workload, cost: tuple[float, float]) -> 
         net[VLLM] -= sum(calls.values()) * outer
         done.append(Step(waiting - left, len(scheduler.running), net))
     return done
+
+
+def prefills(
+    llm: Any,
+    clock: Clock,
+    work: Workload,
+    count: int,
+    cost: tuple[float, float],
+    tell: Callable[[], Any] = lambda: None,
+) -> list[Step]:
+    """Prompts one at a time, the steps of each added up; three more, before, warm up."""
+    done = []
+    for seed in range(-WARM_UP, count):
+        llm.reset_prefix_cache()
+        seen = steps(llm, clock, replace(work, prompts=1, output_tokens=1, seed=seed), cost)
+        seconds: Counter[str] = Counter()
+        for step in seen:
+            seconds.update(step.seconds)
+        if seed >= 0:
+            done.append(Step(work.prompt_tokens, 0, dict(seconds)))
+        tell()
+    return done
+
+
+def compression_over_rest(prefill: Step) -> float:
+    """Seconds of compressing per second of the rest of a prefill."""
+    share = prefill.share(COMPRESSION)
+    return share / (1 - share)
 
 
 app = typer.Typer(add_completion=False, rich_markup_mode="markdown")
@@ -211,20 +246,18 @@ def main(
     )
     llm = open_engine(spec)
 
-    lone = Workload(1, prompt_tokens, 1)
-    shares = []
-    for seed in track(range(-3, prompts), description="prefill"):
-        (step,) = steps(llm, clock, Workload(**{**asdict(lone), "seed": seed}), cost)
-        if seed >= 0:
-            shares.append(step)
+    with progress_bar() as progress:
+        bar = progress.add_task("prefill", total=WARM_UP + prompts)
+        lone = Workload(1, prompt_tokens, 1)
+        shares = prefills(llm, clock, lone, prompts, cost, lambda: progress.advance(bar))
     batch = Workload(running, prompt_tokens, outputs)
     decode: list[list[Step]] = []
     for seed in track(range(1000, 1001 + rounds), description="decode"):
-        seen = steps(llm, clock, Workload(**{**asdict(batch), "seed": seed}), cost)
+        seen = steps(llm, clock, replace(batch, seed=seed), cost)
         decode.append([s for s in seen if s.prompt_tokens == 0 and s.running == running])
     decode = decode[1:]  # the first warms up
 
-    compression = Summary.of(s.share(COMPRESSION) / (1 - s.share(COMPRESSION)) for s in shares)
+    compression = Summary.of(map(compression_over_rest, shares))
     parts = {
         label: Summary.of(_mean([s.share(label) for s in round_]) for round_ in decode)
         for label in (BUILDER, ACCOUNTING, COMPRESSION, ATTENTION, VLLM)
@@ -262,7 +295,9 @@ def main(
             compression_s=asdict(compression_s),
             decode_step_s=asdict(step_s),
             decode_shares={label: asdict(share) for label, share in parts.items()},
-            verdicts=[{**asdict(v), "met": v.met} for v in verdicts],
+            bench="overhead",
+            title="What compression and its bookkeeping take of a step",
+            verdicts=verdicts,
         )
 
 

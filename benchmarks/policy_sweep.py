@@ -235,7 +235,7 @@ def kept_tokens(case: Case, scores: Tensor) -> tuple[Tensor, float]:
     body = torch.zeros(layers * heads * full, dtype=torch.bool)
     body[kept.indices] = True
     seen[..., :full] = body.view(layers, heads, full)
-    return seen, accounting.held_share(n, block, plan)
+    return seen, accounting.held_share(plan)
 
 
 def score(case: Case, reading: Reading, scale: float) -> Tensor:

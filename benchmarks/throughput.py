@@ -1,211 +1,228 @@
 """Tokens per second of plain vLLM and of this project, in the same cache, in one run.
 
-python benchmarks/throughput.py --rates 1 8 --json throughput.json --plot throughput.png
+python benchmarks/throughput.py --rates 2 8 --prompts 4 16 --prompt-tokens 512 2048
 """
 
+import os
 import sys
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import ExitStack
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 from rich.console import Console
-from rich.progress import Progress
-from rich.table import Table
 
-from vllm_kvcompress.bench.child import Child
+from vllm_kvcompress.bench import crossover
+from vllm_kvcompress.bench.charts import COLOURS, PLAIN_COLOUR, panels, save
+from vllm_kvcompress.bench.child import COMMAND, Child
+from vllm_kvcompress.bench.crossover import Point
 from vllm_kvcompress.bench.engine import BLOCK_TOKENS, MODEL, EngineSpec, Round, Workload
-from vllm_kvcompress.bench.harness import (
-    Summary,
-    Verdict,
-    cpu_model,
-    paired_ratio,
-    repeat_options,
-    write_report,
-)
+from vllm_kvcompress.bench.harness import Summary, cpu_model, write_report
+from vllm_kvcompress.bench.options import ListCommand
+from vllm_kvcompress.bench.process import ProcessEnded
+from vllm_kvcompress.bench.progress import progress_bar
+from vllm_kvcompress.bench.promises import FIGURES, WORDS, ratio, read_baseline, verdicts
+from vllm_kvcompress.bench.table import Table
+from vllm_kvcompress.bench.variants import FP8, PLAIN, Variant, started, variants
 
-PLAIN, FLAG_OFF, OFF, CONTINUAL = "plain vLLM", "flag off", "off", "continual"
 REPORT_WIDTH = 110
+COLUMNS = ("row", "held", "running", "preempted", "decode tok/s", "x", "tok/s", "x plain")
 
 
-@dataclass(frozen=True)
-class Variant:
-    """A row of the table: an engine, with `kv_compress` as its setting."""
+@dataclass
+class Grid:
+    """What was measured.
 
-    name: str
-    meaning: str
-    kv_compress: Mapping[str, Any] | None = None
-    plugin: bool = True
-    rate: float | None = None
+    samples: the rounds of every row that ran, at every point that was finished.
+    refused: rows that did not run, with the engine's own words.
+    """
 
-
-@dataclass(frozen=True)
-class Figure:
-    """A number of a round."""
-
-    title: str
-    of: Callable[[Round], float]
-
-
-FIGURES = {
-    "total": Figure("tokens/s", lambda r: r.total_per_s),
-    "decode": Figure("decode tokens/s", lambda r: r.decode_per_s),
-    "total_cpu": Figure(
-        "tokens per CPU s", lambda r: (r.prompt_tokens + r.output_tokens) / r.cpu_s
-    ),
-    "decode_cpu": Figure("decode tokens per CPU s", lambda r: r.decode_tokens / r.decode_cpu_s),
-}
-
-
-def variants(rates: Sequence[float]) -> list[Variant]:
-    rows = [
-        Variant(PLAIN, "no plugin loaded", plugin=False),
-        Variant(FLAG_OFF, "plugin installed, kv-compress not asked for"),
-        Variant(OFF, "kv-compress on, every request off", {"preset": "off"}),
-    ]
-    for rate in rates:
-        if rate == 1:
-            forced = {"rate": 1, "test_force_arena": True}
-            rows.append(Variant("rate 1", "everything kept, through an arena", forced, rate=1))
-        else:
-            rows.append(Variant(f"rate {rate:g}", "kv-compress", {"rate": rate}, rate=rate))
-    again = {"preset": "kv-compress-continual"}
-    return [*rows, Variant(CONTINUAL, "kv-compress-continual at rate 8", again, rate=8)]
-
-
-def targets(samples: Mapping[str, Sequence[Round]]) -> list[Verdict]:
-    """What the project promises of each variant that ran, against what was measured."""
-    promised = [
-        (FLAG_OFF, "total", 0.99),
-        (OFF, "total", 0.97),
-        ("rate 8", "total", 1.5),
-        ("rate 8", "decode", 3.0),
-        (CONTINUAL, "decode", 4.0),
-    ]
-    return [
-        Verdict(f"{name}, {FIGURES[key].title}", ratio(samples, name, key), at_least)
-        for name, key, at_least in promised
-        if name in samples and PLAIN in samples
-    ]
-
-
-def ratio(samples: Mapping[str, Sequence[Round]], name: str, key: str) -> Summary:
-    """A variant's figure over plain vLLM's, paired round by round."""
-    of = FIGURES[key].of
-    return paired_ratio([of(r) for r in samples[name]], [of(r) for r in samples[PLAIN]])
+    samples: dict[Point, dict[str, list[Round]]] = field(default_factory=dict)
+    refused: dict[str, str] = field(default_factory=dict)
+    cache_blocks: int = 0
+    cache_bytes: int = 0
 
 
 def measure(
-    rows: Sequence[Variant], spec: EngineSpec, work: Workload, rounds: int, threads: int
+    rows: Sequence[Variant],
+    points: Sequence[Point],
+    spec: EngineSpec,
+    work: Workload,
+    rounds: int,
+    threads: int,
+    command: Sequence[str] = COMMAND,
+) -> Grid:
+    """Rounds of every row at every point, rows taking turns inside a round.
+
+    At each point a first round warms up and does not count. An interruption ends the run; the
+    points that were finished are returned.
+
+    Raises:
+        SystemExit: plain vLLM ended.
+        KeyboardInterrupt: before any point was finished.
+    """
+    grid = Grid()
+    with progress_bar() as progress:
+        bar = progress.add_task("starting engines", total=None)
+        with started(rows, spec, threads, refused=grid.refused, command=command) as children:
+            plain = children[PLAIN].cache
+            grid.cache_blocks, grid.cache_bytes = plain.blocks, plain.total_bytes
+            progress.update(bar, total=len(points) * len(children) * (rounds + 1))
+            try:
+                for point in points:
+                    grid.samples[point] = _rounds(
+                        [row for row in rows if row.name not in grid.refused],
+                        children,
+                        replace(work, **point._asdict()),
+                        rounds,
+                        grid.refused,
+                        lambda text, point=point: progress.update(
+                            bar, advance=1, description=f"{point.text()}, {text}"
+                        ),
+                    )
+            except KeyboardInterrupt:
+                if not grid.samples:
+                    raise
+    return grid
+
+
+def _rounds(
+    rows: Sequence[Variant],
+    children: Mapping[str, Child],
+    work: Workload,
+    rounds: int,
+    refused: dict[str, str],
+    tell: Any,
 ) -> dict[str, list[Round]]:
-    """Rounds of every variant, taking turns; the first of each warms up and does not count."""
     samples: dict[str, list[Round]] = {row.name: [] for row in rows}
-    with ExitStack() as stack, Progress(console=Console(stderr=True)) as progress:
-        bar = progress.add_task("starting engines", total=len(rows) * (rounds + 2))
-        children = []
-        for row in rows:
-            own = EngineSpec(**{**asdict(spec), "kv_compress": row.kv_compress})
-            children.append(stack.enter_context(Child(row.name, own, threads, row.plugin)))
-            progress.advance(bar)
-        for number in range(-1, rounds):
-            turn = number % len(children)
-            for child in children[turn:] + children[:turn]:
-                label = f"round {number + 1}/{rounds}" if number >= 0 else "warm-up"
-                progress.update(bar, description=f"{label}: {child.name}")
-                seeded = Workload(**{**asdict(work), "seed": work.seed + number})
-                done = child.run(seeded)
-                if number >= 0:
-                    samples[child.name].append(done)
-                progress.advance(bar)
+    for number in range(-1, rounds):
+        turn = number % len(rows)
+        for row in [*rows[turn:], *rows[:turn]]:
+            if row.name in refused:
+                continue
+            tell(f"{'warm-up' if number < 0 else f'round {number + 1}/{rounds}'}: {row.name}")
+            asked = replace(work, seed=work.seed + number, extra_args=row.asks or None)
+            try:
+                done = children[row.name].run(asked)
+            except ProcessEnded as ended:
+                if row.name == PLAIN:
+                    raise SystemExit(f"plain vLLM died: {ended.reason}") from None
+                refused[row.name] = ended.reason
+                samples.pop(row.name)
+                continue
+            if number >= 0:
+                samples[row.name].append(done)
     return samples
 
 
-def table(rows: Sequence[Variant], samples: Mapping[str, Sequence[Round]], key: str) -> Table:
-    """One figure of every variant: median, range, and the ratio to plain vLLM."""
-    out = Table(title=FIGURES[key].title)
-    out.add_column("variant", no_wrap=True)
-    for title in ("running", "preempted", "blocks", "median", "range", "CPU x", "x", "x range"):
-        out.add_column(title, justify="right", no_wrap=True)
-    for row in rows:
-        rounds = samples[row.name]
-        figure = Summary.of(FIGURES[key].of(r) for r in rounds)
-        times = ratio(samples, row.name, key)
-        out.add_row(
-            row.name,
-            f"{Summary.of(r.mean_running for r in rounds).median:.1f}",
-            f"{Summary.of(r.preemptions for r in rounds).median:g}",
-            f"{max(r.peak_blocks for r in rounds)}",
-            f"{figure.median:,.0f}",
-            f"{figure.low:,.0f}-{figure.high:,.0f}",
-            f"{ratio(samples, row.name, key + '_cpu').median:.2f}",
-            f"{times.median:.2f}",
-            f"{times.low:.2f}-{times.high:.2f}",
-        )
-    return out
+def table(
+    point: Point, rows: Sequence[Variant], grid: Grid, output_tokens: int, rounds: int
+) -> Table:
+    """The rows of one point, plain vLLM first, its ratio last."""
+    samples = grid.samples[point]
+    return Table(
+        f"{point.text()}, {output_tokens} outputs each",
+        COLUMNS,
+        [_cells(row, point, grid) for row in rows],
+        " ".join(
+            [
+                f"Median and range of {rounds} rounds; cache of {grid.cache_blocks} blocks, "
+                f"{grid.cache_bytes / 2**20:.1f} MiB, for every row.",
+                *(f"{n}: {grid.refused[n]}" for n in grid.refused if n not in samples),
+            ]
+        ),
+    )
 
 
-def plot(
-    rows: Sequence[Variant], samples: Mapping[str, Sequence[Round]], path: Path, caption: str
-) -> None:
-    """Tokens per second of every variant, in all and while decoding."""
-    import matplotlib
+def _cells(row: Variant, point: Point, grid: Grid) -> list[str]:
+    samples = grid.samples[point]
+    if row.name not in samples:
+        return [row.name, "refused", *["-"] * (len(COLUMNS) - 2)]
+    rounds = samples[row.name]
+    cells = [
+        row.name,
+        f"{row.held_share(point.prompt_tokens, grid.cache_blocks):.1%}",
+        f"{Summary.of(r.mean_running for r in rounds).median:.1f}",
+        f"{Summary.of(r.preemptions for r in rounds).median:g}",
+    ]
+    for figure in ("decode", "total"):
+        middle = Summary.of(FIGURES[figure](r) for r in rounds).median
+        cells += [f"{middle:,.0f}", ratio(samples, row.name, figure).text(2)]
+    return cells
 
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
 
-    names = [row.name for row in rows]
-    figure, panels = pyplot.subplots(1, 2, figsize=(9, 3.8), sharey=True)
-    for axes, key in zip(panels, ("total", "decode"), strict=True):
-        sums = [Summary.of(FIGURES[key].of(r) for r in samples[name]) for name in names]
-        middle = [s.median for s in sums]
-        spread = [[s.median - s.low for s in sums], [s.high - s.median for s in sums]]
-        colours = ["#8a8f98" if row.rate in (None, 1) else "#2f6fb3" for row in rows]
-        axes.barh(names, middle, xerr=spread, color=colours, height=0.66, ecolor="#444444")
-        axes.axvline(middle[0], color="#444444", linewidth=1, linestyle=":")
-        for place, (name, value, high) in enumerate(
-            zip(names, middle, (s.high for s in sums), strict=True)
-        ):
-            times = ratio(samples, name, key).median
-            axes.annotate(
-                f"{times:.2f}x",
-                (max(high, value), place),
-                xytext=(4, 0),
-                textcoords="offset points",
-                va="center",
-                fontsize=9,
-                bbox={"facecolor": "white", "edgecolor": "none", "pad": 0.5},
-            )
-        axes.set_title("prompt and output tokens/s" if key == "total" else "decode tokens/s")
-        axes.set_xlim(0, max(s.high for s in sums) * 1.18)
-        axes.spines[["top", "right"]].set_visible(False)
-    panels[0].invert_yaxis()
-    figure.text(0.01, 0.01, caption, fontsize=7.5, color="#555555")
-    figure.tight_layout(rect=(0, 0.04, 1, 1))
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=150)
-    pyplot.close(figure)
+def plot(rows: Sequence[Variant], grid: Grid, path: Path, caption: str) -> None:
+    """Tokens/s against the rate, in all and decoding, a row of panels per point."""
+    presets = list(dict.fromkeys(row.preset for row in rows if row.preset))
+    figure, axes = panels(2 * len(grid.samples))
+    for (point, samples), pair in zip(
+        grid.samples.items(), zip(axes[::2], axes[1::2], strict=True), strict=True
+    ):
+        for axis, key in zip(pair, WORDS, strict=True):
+            of = FIGURES[key]
+            for name, style in ((PLAIN, "-"), (FP8, ":")):
+                if name in samples:
+                    level = Summary.of(of(r) for r in samples[name])
+                    axis.axhline(level.median, color=PLAIN_COLOUR, linestyle=style, label=name)
+                    axis.axhspan(level.low, level.high, color=PLAIN_COLOUR, alpha=0.12, lw=0)
+            for preset, colour in zip(presets, COLOURS, strict=False):
+                ours = [r for r in rows if r.preset == preset and r.name in samples]
+                sums = [Summary.of(of(r) for r in samples[row.name]) for row in ours]
+                axis.errorbar(
+                    [row.rate for row in ours],
+                    [s.median for s in sums],
+                    [[s.median - s.low for s in sums], [s.high - s.median for s in sums]],
+                    fmt="o-",
+                    color=colour,
+                    capsize=2,
+                    markersize=4,
+                    label=preset,
+                )
+            rates = sorted({row.rate for row in rows if row.rate})
+            axis.set_xscale("log", base=2)
+            axis.set_xticks(rates, [f"{rate:g}" for rate in rates])
+            axis.set_ylim(bottom=0)
+            axis.set_xlabel("compression rate")
+            axis.set_ylabel(WORDS[key])
+            axis.set_title(f"{point.prompts} x {point.prompt_tokens:,} tokens")
+    axes[0].legend(frameon=False)
+    save(figure, path, caption)
 
 
 app = typer.Typer(add_completion=False, rich_markup_mode="markdown")
 
 
-@app.command()
+@app.command(cls=ListCommand)
 def main(
     rates: Annotated[
         list[float] | None,
-        typer.Option(help="Compression rates: `--rates 1 8`. 1 forces everything through arenas."),
+        typer.Option(
+            help="Compression rates (default 2 4 8 16). 1 forces everything through an arena."
+        ),
     ] = None,
-    prompts: Annotated[int, typer.Option(help="Requests per round, submitted at once.")] = 16,
-    prompt_tokens: Annotated[int, typer.Option(help="Tokens per prompt.")] = 2048,
-    output_tokens: Annotated[int, typer.Option(help="Tokens generated per request.")] = 512,
-    hold: Annotated[int, typer.Option(help="Finished requests the cache holds uncompressed.")] = 4,
-    rounds: Annotated[int, typer.Option(help="Measured rounds of each variant.", min=1)] = 5,
-    threads: Annotated[int, typer.Option(help="OpenMP threads; 0 for all cores.")] = 0,
-    only: Annotated[
-        list[str] | None, typer.Option(help="Run only these rows (plain vLLM always runs).")
+    presets: Annotated[
+        list[str] | None, typer.Option(help="Presets, each at every rate (default kv-compress).")
     ] = None,
+    prompts: Annotated[
+        list[int] | None, typer.Option(help="Requests at once, a list (default 16).", min=1)
+    ] = None,
+    prompt_tokens: Annotated[
+        list[int] | None, typer.Option(help="Tokens per prompt, a list (default 2048).", min=1)
+    ] = None,
+    output_tokens: Annotated[int, typer.Option(help="Tokens generated per request.", min=1)] = 512,
+    hold: Annotated[
+        int,
+        typer.Option(help="Finished requests of the longest prompt that the cache holds.", min=1),
+    ] = 4,
+    rounds: Annotated[int, typer.Option(help="Measured rounds of every row.", min=1)] = 5,
+    fp8: Annotated[bool, typer.Option(help="A row with --kv-cache-dtype fp8.")] = True,
+    off: Annotated[bool, typer.Option(help="A row with kv-compress on, requests off.")] = True,
+    flag_off: Annotated[bool, typer.Option(help="A row with the flag off.")] = False,
+    against: Annotated[
+        Path | None, typer.Option(help="An earlier report: also judge against its ratios.")
+    ] = None,
+    threads: Annotated[int, typer.Option(help="OpenMP threads; 0 for all cores.", min=0)] = 0,
     model: Annotated[str, typer.Option(help="A model folder or name.")] = str(MODEL),
     dtype: Annotated[str, typer.Option(help="As vLLM's `--dtype`.")] = "float32",
     load_format: Annotated[
@@ -214,83 +231,138 @@ def main(
     eager: Annotated[
         bool, typer.Option(help="Without torch.compile, which is on as in `vllm serve`.")
     ] = False,
-    batched_tokens: Annotated[int, typer.Option(help="Token budget of a step.")] = 2048,
-    max_seqs: Annotated[int, typer.Option(help="Most requests at once, as vLLM's.")] = 128,
+    batched_tokens: Annotated[int, typer.Option(help="Token budget of a step.", min=32)] = 2048,
+    max_seqs: Annotated[int, typer.Option(help="Most requests in a step.", min=1)] = 128,
     seed: Annotated[int, typer.Option(help="Round r uses prompts of seed + r.")] = 0,
-    json: Annotated[Path | None, typer.Option(help="Write all samples there.")] = None,
-    plot_file: Annotated[Path | None, typer.Option("--plot", help="Write a PNG there.")] = None,
+    json: Annotated[
+        Path, typer.Option(help="The report with all samples; plots go beside it.")
+    ] = Path("results/throughput.json"),
 ) -> None:
-    """Tokens per second of plain vLLM and of kv-compress: same prompts, same cache bytes.
+    """Tokens per second of plain vLLM, of its fp8 cache, and of kv-compress by rate.
 
-    Every variant is an engine in a process of its own, all started once; then they take turns,
-    one round each, in rotating order. Only one works at a time, the others are stopped. A round
-    submits all prompts at once and ends when every request has all its output tokens. Prompts
-    are random words, new ones every round, the same for all variants; the cache has the same
-    number of equal blocks everywhere, enough for `--hold` requests at full length.
+    Same prompts, same cache bytes. Plain vLLM, fp8 and kv-compress are engines in processes of
+    their own, started once; then the rows take turns, A B C A B C, in rotating order, and every
+    ratio is taken inside a round. Only one engine works at a time, the others are stopped. A
+    round submits all prompts at once and ends when every request has all its output tokens.
+    Prompts are random words, new ones every round, the same for every row. The cache is the same
+    for the whole grid: enough for `--hold` requests of the longest prompt at full length.
 
-    * **tokens/s**: prompt and output tokens of a round over its wall time.
-    * **decode tokens/s**: over the steps that compute no prompt token, the tokens generated in
-      them per second of wall time. The last steps of a round, when few requests are left, count.
-    * **x**: the ratio to plain vLLM in the same round; median and range over the rounds.
-      **CPU x** is the same ratio per second of CPU time, which other programs disturb less.
-    * **running**: mean number of requests in a decode step. **preempted**: per round, median.
+    * **tokens/s**: prompt and output tokens of a round over its wall time; **x plain**: its ratio
+      to plain vLLM in the same round, median and range over the rounds.
+    * **decode tokens/s**: tokens generated in steps that compute no prompt token, over those
+      steps' time. The last steps of a round, when few requests are left, count.
+    * **held**: share of a prompt's tokens that stay. **running**: mean number of requests in a
+      decode step. **preempted**: per round, median.
 
-    Decoding gains where attention over the cache, or too few requests at once, is what limits
-    it. With short prompts, or a cache that holds all requests anyway, expect 1x or a little less.
+    With several `--prompts` or `--prompt-tokens` it also says from which load on compression
+    pays. Decoding gains where attention over the cache, or too few requests at once, is what
+    limits it. With short prompts, or a cache that holds all requests anyway, expect 1x or less.
+
+    The verdicts judge ratios, never times: see docs/speed.md. Exit code 1 where one is missed.
     """
-    import os
-
     threads = threads or len(os.sched_getaffinity(0))
-    wanted = [v for v in variants(rates or [1, 8]) if not only or v.name in [PLAIN, *only]]
-    per_request = -(-(prompt_tokens + output_tokens) // BLOCK_TOKENS)
+    points = [Point(p, n) for n in prompt_tokens or [2048] for p in prompts or [16]]
+    points = sorted(set(points), key=lambda point: (point.prompt_tokens, point.prompts))
+    rows = variants(
+        rates or [2, 4, 8, 16], presets or ["kv-compress"], fp8=fp8, off=off, flag_off=flag_off
+    )
+    baseline = read_baseline(against) if against else None
+    longest = max(point.prompt_tokens for point in points) + output_tokens
     spec = EngineSpec(
         model=model,
-        cache_blocks=hold * per_request,
-        max_model_len=prompt_tokens + output_tokens,
+        cache_blocks=hold * -(-longest // BLOCK_TOKENS),
+        max_model_len=longest,
         batched_tokens=batched_tokens,
-        max_seqs=max_seqs,
+        max_seqs=min(max_seqs, batched_tokens),
         dtype=dtype,
         load_format=load_format,
         eager=eager,
     )
-    work = Workload(prompts, prompt_tokens, output_tokens, seed)
-    parameters = {k: v for k, v in locals().items() if k in _REPORTED}
-    samples = measure(wanted, spec, work, rounds, threads)
-    verdicts = targets(samples)
-    console = Console(width=None if sys.stdout.isatty() else REPORT_WIDTH)
-    for key in ("total", "decode"):
-        console.print(table(wanted, samples, key))
-    for row in wanted[1:]:
-        if row.kv_compress is None or row.name == OFF:
-            pairs = zip(samples[row.name], samples[PLAIN], strict=True)
-            same = all(a.digest == b.digest for a, b in pairs)
-            console.print(f"{row.name}: output tokens {'equal' if same else 'DIFFER from'} plain's")
-    for verdict in verdicts:
-        console.print(verdict.text(), highlight=False)
-    if json:
-        results = {
-            "rows": {row.name: _row(row, samples) for row in wanted},
-            "verdicts": [{**asdict(v), "met": v.met} for v in verdicts],
+    work = Workload(0, 0, output_tokens, seed)
+    grid = measure(rows, points, spec, work, rounds, threads)
+
+    def crowded(point: Point) -> bool:
+        each = -(-(point.prompt_tokens + output_tokens) // BLOCK_TOKENS)
+        return point.prompts * each > grid.cache_blocks
+
+    ratios = {
+        row.name: {
+            point: ratio(samples, row.name, "total")
+            for point, samples in grid.samples.items()
+            if row.name in samples
         }
-        write_report(json, threads, {**parameters, **asdict(spec)}, **results)
-    if plot_file:
-        caption = (
-            f"{prompts} prompts of {prompt_tokens} tokens, {output_tokens} outputs, cache for "
-            f"{hold} of them uncompressed; {threads} thread(s) of {cpu_model()}; median and range "
-            f"of {rounds} rounds"
-        )
-        plot(wanted, samples, plot_file, caption)
+        for row in rows
+        if row.compresses
+    }
+    tables = [table(point, rows, grid, output_tokens, rounds) for point in grid.samples]
+    tables += crossover.tables(ratios)
+    judged = verdicts(grid.samples, rows, crowded, baseline)
+    console = Console(width=None if sys.stdout.isatty() else REPORT_WIDTH)
+    for one in tables:
+        console.print(one.rich())
+    for line in _same_words(rows, grid):
+        console.print(line, highlight=False)
+    missed = [verdict for verdict in judged if not verdict.met]
+    for verdict in missed:
+        console.print(verdict.text(), highlight=False)
+    console.print(f"{len(judged) - len(missed)} of {len(judged)} verdicts met", highlight=False)
+
+    caption = (
+        f"{output_tokens} outputs, cache for {hold} finished requests of the longest prompt "
+        f"({grid.cache_bytes / 2**20:.1f} MiB); {threads} thread(s) of {cpu_model()}; median and "
+        f"range of {rounds} rounds"
+    )
+    plots = []
+    if any(row.rate and row.name in s for row in rows for s in grid.samples.values()):
+        plots.append(json.with_suffix(".png"))
+        plot(rows, grid, plots[-1], caption)
+    if len(grid.samples) > 1 and any(ratios.values()):
+        plots.append(json.with_name(f"{json.stem}-crossover.png"))
+        crossover.plot(ratios, plots[-1], caption)
+    write_report(
+        json,
+        threads,
+        {**asdict(spec), "output_tokens": output_tokens, "rounds": rounds, "seed": seed},
+        bench="throughput",
+        title="Throughput at the same cache bytes",
+        tables=tables,
+        plots=plots,
+        verdicts=judged,
+        refused=grid.refused,
+        cache_bytes=grid.cache_bytes,
+        points=[_point(point, rows, grid) for point in grid.samples],
+    )
+    console.print(f"written: {', '.join(map(str, [json, *plots]))}", highlight=False)
+    if missed:
+        raise typer.Exit(1)
 
 
-_REPORTED = {"rates", "prompts", "prompt_tokens", "output_tokens", "hold", "rounds", "seed"}
+def _same_words(rows: Sequence[Variant], grid: Grid) -> list[str]:
+    """Whether the rows that compress nothing said what plain vLLM said."""
+    lines = []
+    for row in rows[1:]:
+        ran = [s for s in grid.samples.values() if row.name in s]
+        if row.does_plain_work and ran:
+            pairs = [p for s in ran for p in zip(s[row.name], s[PLAIN], strict=True)]
+            same = sum(a.digest == b.digest for a, b in pairs)
+            lines.append(f"{row.name}: output tokens equal plain vLLM's in {same}/{len(pairs)}")
+    return lines
+
+
+def _point(point: Point, rows: Sequence[Variant], grid: Grid) -> dict[str, Any]:
+    samples = grid.samples[point]
+    return {
+        **point._asdict(),
+        "rows": {row.name: _row(row, samples) for row in rows if row.name in samples},
+    }
 
 
 def _row(row: Variant, samples: Mapping[str, Sequence[Round]]) -> dict[str, Any]:
     rounds = samples[row.name]
     return {
         "meaning": row.meaning,
-        "kv_compress": row.kv_compress,
-        "summary": {k: asdict(Summary.of(f.of(r) for r in rounds)) for k, f in FIGURES.items()},
+        "asks": dict(row.asks),
+        "summary": {k: asdict(Summary.of(map(of, rounds))) for k, of in FIGURES.items()},
         "ratio_to_plain": {k: asdict(ratio(samples, row.name, k)) for k in FIGURES},
         "rounds": [
             {k: v for k, v in asdict(r).items() if k not in ("blocks", "running")} for r in rounds
@@ -299,4 +371,4 @@ def _row(row: Variant, samples: Mapping[str, Sequence[Round]]) -> dict[str, Any]
 
 
 if __name__ == "__main__":
-    app(args=repeat_options(sys.argv[1:], ["--rates", "--only"]))
+    app()

@@ -88,13 +88,13 @@ def test_points_and_held_blocks_equal_a_request_grown_token_by_token(n, block, a
 def test_a_compressed_prompt_gets_smaller_and_has_room_for_what_is_protected(n, block, asked):
     p = plan(n, block, PLENTY, asked)
     if p.first_point is None:
-        assert held_share(n, block, p) == 1.0
+        assert held_share(p) == 1.0
         return
     protected = sum(protected_tokens(n, block, asked))
     assert p.arena_blocks >= 1 and p.arena_blocks * block >= protected
     if p.first_point == n and not asked.force_arena:
         assert p.blocks_held(n) < ceil_div(n, block)
-        assert 0 < held_share(n, block, p) < 1
+        assert 0 < held_share(p) < 1
         kept, wanted = p.arena_blocks * block, budget_tokens(n, asked) - n % block
         assert kept >= wanted
         if asked.continual:  # later the tail may hold no recent token
@@ -147,7 +147,7 @@ def test_the_worked_request_holds_117_blocks_at_its_peak_and_24_afterwards() -> 
     assert p.peak_blocks(3000) == 117  # 94 of the prompt and 23 of the arena
     assert p.blocks_held(2999) == 94 and p.blocks_held(3000) == 24
     assert p.blocks_held(3008) == 24 and p.blocks_held(3009) == 25
-    assert held_share(3000, 32, p) == (23 * 32 + 24) / 3000
+    assert held_share(p) == (23 * 32 + 24) / 3000
 
 
 def test_continual_cycles_between_one_and_slack_blocks_above_the_arena() -> None:
@@ -175,7 +175,7 @@ def test_left_alone(n, num_blocks, asked) -> None:
     p = plan(n, 32, num_blocks, asked)
     assert p.first_point is None and p.next_point(0) is None and p.last_point(n) is None
     assert p.blocks_held(n) == p.peak_blocks(n) == ceil_div(n, 32)
-    assert not p.is_point(n) and held_share(n, 32, p) == 1.0
+    assert not p.is_point(n) and held_share(p) == 1.0
 
 
 def test_compressed_as_soon_as_the_pool_has_room() -> None:

@@ -46,6 +46,12 @@ BAD_KNOBS = {
     "budget negative": ({"kv_compress_budget": -64}, "kv_compress_budget", "from 1"),
     "budget fractional": ({"kv_compress_budget": 64.5}, "kv_compress_budget", "whole number"),
     "budget past the context": ({"kv_compress_budget": 4097}, "kv_compress_budget", "to 4096"),
+    "question as a string": ({"kv_compress_question": "8"}, "kv_compress_question", "from 0"),
+    "question NaN": ({"kv_compress_question": math.nan}, "kv_compress_question", "to 4096"),
+    "question infinite": ({"kv_compress_question": math.inf}, "kv_compress_question", "to 4096"),
+    "question negative": ({"kv_compress_question": -1}, "kv_compress_question", "from 0"),
+    "question fractional": ({"kv_compress_question": 1.5}, "kv_compress_question", "whole"),
+    "question past the context": ({"kv_compress_question": 4097}, "kv_compress_question", "4096"),
     "budget past every float": ({"kv_compress_budget": 10**400}, "kv_compress_budget", "to 4096"),
     "both at once": (
         {"kv_compress_rate": 8, "kv_compress_budget": 64},
@@ -95,6 +101,7 @@ def test_a_bad_knob_is_refused_by_name_with_what_is_allowed(knobs, key, allowed)
         ({"kv_compress_rate": 1024}, {"rate": 1024.0}),
         ({"kv_compress_budget": 1}, {"budget_tokens": 1}),
         ({"kv_compress_budget": 64.0}, {"budget_tokens": 64}),
+        ({"kv_compress_question": 9.0}, {"question_tokens": 9}),
         ({"kv_compress_budget": MAX_TOKENS}, {"budget_tokens": MAX_TOKENS}),
     ],
 )

@@ -42,12 +42,10 @@ def test_locks_hold_exact_pins_and_name_no_host(path):
 def test_locks_cover_what_the_project_asks_for():
     cpu, dev = (locked(ROOT / f"requirements/{name}.lock") for name in ("cpu", "dev"))
     asked = {canonicalize_name(Requirement(need).name) for need in PROJECT["dependencies"]}
-    tools = {
-        canonicalize_name(Requirement(need).name)
-        for need in PROJECT["optional-dependencies"]["dev"]
-    }
+    extras = PROJECT["optional-dependencies"]
+    tools = {canonicalize_name(Requirement(need).name) for need in extras["dev"] + extras["bench"]}
     assert asked <= cpu
-    assert tools <= cpu | dev
+    assert tools <= cpu | dev | {PROJECT["name"]}
 
 
 def test_no_cuda_build_comes_in_by_a_lock():

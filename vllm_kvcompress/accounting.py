@@ -16,6 +16,8 @@ class Settings:
 
     `budget_tokens`, where given, rules over `rate`. `window_tokens` is the number of last
     prompt queries that judge the rest; `sink_tokens` and `recent_tokens` are kept in every head.
+    The last `question_tokens` of a prompt take no part: what stands before them is compressed
+    without having seen them, and they follow as decoded tokens do.
     With `tsp_rate` or `tsp_tokens` so many prompt tokens go on above layer `tsp_layer`.
     `task` is the class of the request's task where its preset tells classes apart.
     """
@@ -26,6 +28,7 @@ class Settings:
     window_tokens: int = 16
     sink_tokens: int = 0
     recent_tokens: int = 0
+    question_tokens: int = 0
     continual: bool = False
     continual_slack_blocks: int = 4
     force_arena: bool = False
@@ -45,7 +48,7 @@ class Plan:
     The prompt's `full_blocks` give way to `arena_blocks` once `prompt_tokens` are computed;
     with continual compression the same happens again at every `next_point`.
     `first_point` is the number of computed tokens at which the first compression happens, or
-    None when the request is left alone.
+    None when the request is left alone. `prompt_tokens` are those before the question.
     `tsp_tokens` is the number of prompt tokens that the deep layers see, None for all.
     """
 
@@ -205,6 +208,8 @@ def plan(n: int, block_tokens: int, num_blocks: int, settings: Settings | None) 
 
     `num_blocks` counts vLLM's null block, which holds nothing. None means off.
     """
+    if settings is not None and settings.question_tokens:
+        n = max(0, n - settings.question_tokens)
     selected = tsp_selected_tokens(n, block_tokens, settings) if settings is not None else None
     alone = Plan(n, block_tokens, 0, None, None, selected)
     if settings is None or not settings.wishes_compression():
@@ -232,8 +237,9 @@ def plan(n: int, block_tokens: int, num_blocks: int, settings: Settings | None) 
     return Plan(n, block_tokens, kept, n, slack, selected)
 
 
-def held_share(n: int, block_tokens: int, plan: Plan) -> float:
+def held_share(plan: Plan) -> float:
     """`(K*B + t) / n` right after prefill: what every comparison between policies uses."""
-    if plan.first_point != n:
+    n = plan.prompt_tokens
+    if n == 0 or plan.first_point != n:
         return 1.0
-    return (plan.arena_blocks * block_tokens + n % block_tokens) / n
+    return (plan.arena_blocks * plan.block_tokens + n % plan.block_tokens) / n

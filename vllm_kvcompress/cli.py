@@ -1,4 +1,4 @@
-"""`vllm-kvcompress presets | verify`: what there is to choose, and whether it works."""
+"""`vllm-kvcompress presets | verify | bench`: what there is, whether it works, what it buys."""
 
 import json
 from pathlib import Path
@@ -8,6 +8,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+from vllm_kvcompress.bench.cli import app as bench
 from vllm_kvcompress.config import DEFAULT_PRESET, MAX_RATE, Preset, shipped_presets
 from vllm_kvcompress.verify import CannotVerify, Report, verify_server
 
@@ -20,12 +21,8 @@ app = typer.Typer(
     rich_markup_mode="markdown",
     pretty_exceptions_enable=False,
 )
+app.add_typer(bench, name="bench")
 OK, NOT_COMPRESSED, CANNOT_TELL = 0, 1, 2
-
-
-@app.callback()
-def main() -> None:
-    """Keep `presets` a command of its own while there are few."""
 
 
 @app.command()

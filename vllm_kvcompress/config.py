@@ -19,13 +19,20 @@ OFF = "off"
 DEFAULT_PRESET = "kv-compress"
 MAX_RATE = 1024
 REQUEST_PREFIX = "kv_compress"
-REQUEST_KEYS = ("kv_compress", "kv_compress_rate", "kv_compress_budget", "kv_compress_task")
+REQUEST_KEYS = (
+    "kv_compress",
+    "kv_compress_rate",
+    "kv_compress_budget",
+    "kv_compress_question",
+    "kv_compress_task",
+)
 REFUSAL_REASONS = (
     "unknown_preset",
     "unknown_knob",
     "rate_and_budget",
     "bad_rate",
     "bad_budget",
+    "bad_question",
     "bad_task",
     "tsp_unavailable",
     "tsp_prompt_logprobs",
@@ -258,7 +265,7 @@ class EngineConfig(_Model):
                 )
             changes |= {"rate": float(rate), "budget_tokens": None}
         if "kv_compress_budget" in knobs:
-            if not _is_number(budget) or not 1 <= budget <= max_tokens or budget != int(budget):
+            if not _is_whole(budget) or not 1 <= budget <= max_tokens:
                 raise KnobError(
                     "kv_compress_budget",
                     "bad_budget",
@@ -266,6 +273,16 @@ class EngineConfig(_Model):
                     f"tokens from 1 to {max_tokens}",
                 )
             changes |= {"budget_tokens": int(budget)}
+        if "kv_compress_question" in knobs:
+            question = knobs["kv_compress_question"]
+            if not _is_whole(question) or not 0 <= question <= max_tokens:
+                raise KnobError(
+                    "kv_compress_question",
+                    "bad_question",
+                    f"kv_compress_question={shorten(question)} is not allowed: give a whole "
+                    f"number of tokens, from 0 to {max_tokens}, at the prompt's end",
+                )
+            changes |= {"question_tokens": int(question)}
         task = knobs.get("kv_compress_task")
         if "kv_compress_task" in knobs:
             if task not in (*TASKS, AUTO):
@@ -427,3 +444,7 @@ def shorten(value: Any, limit: int = 80) -> str:
 
 def _is_number(value: Any) -> TypeGuard[int | float]:
     return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def _is_whole(value: Any) -> TypeGuard[int | float]:
+    return _is_number(value) and (isinstance(value, int) or value.is_integer())

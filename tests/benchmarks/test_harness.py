@@ -7,9 +7,9 @@ from vllm_kvcompress.bench.harness import (
     Verdict,
     cpu_model,
     paired_ratio,
-    repeat_options,
     write_report,
 )
+from vllm_kvcompress.bench.options import repeat_options
 
 
 def test_summary_is_median_and_range():

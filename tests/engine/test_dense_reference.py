@@ -85,6 +85,35 @@ def test_every_preset_attends_to_what_it_kept(preset):
         dense.check(answer, arenas)
 
 
+@pytest.mark.parametrize("step_tokens", [1024, 256, 7])
+@pytest.mark.parametrize("preset", ["kv-compress", "snapkv", "keydiff"])
+def test_a_question_unseen_attends_to_what_the_context_kept_without_it(preset, step_tokens):
+    """`kv_compress_question`: compressed where the context ends, the question comes after."""
+    llm = engine({"rate": 8}, step_tokens=step_tokens)
+    initial, rng = free_blocks(llm), Random(9)
+    cases = [(320, 20), (321, 33), (300, 12), (290, 1), (300, 299), (300, 300)]
+    requests = []
+    for n, question in cases:
+        knobs = {"kv_compress": preset, "kv_compress_rate": 4, "kv_compress_question": question}
+        requests.append((prompt(rng, n), greedy(20, knobs)))
+    results = watched(llm, requests)
+    for (n, question), (answer, arenas) in zip(cases, results, strict=True):
+        context = n - question
+        assert [arena.point for arena in arenas] == ([context] if context > 2 * BLOCK else [])
+        dense.check(answer, arenas)
+    assert_all_free(llm, initial)
+
+
+def test_a_question_unseen_keeps_what_the_context_alone_would_keep():
+    llm = engine({"rate": 8}, step_tokens=256)
+    ids, knobs = prompt(Random(10), 400), {"kv_compress_rate": 4}
+    alone = (ids[:370], greedy(5, knobs))
+    asked = (ids, greedy(5, {**knobs, "kv_compress_question": 30}))
+    (_, (of_alone,)), (_, (of_asked,)) = watched(llm, [alone, asked])
+    _, keys, values = dense.forward(ids, dense.causal(len(ids)))
+    assert dense.recover(of_alone, keys, values) == dense.recover(of_asked, keys, values)
+
+
 def test_chunks_smaller_than_the_window_keep_the_same_tokens():
     rng = Random(5)
     requests = [
@@ -103,7 +132,10 @@ def test_chunks_smaller_than_the_window_keep_the_same_tokens():
 def test_preempted_and_resumed_requests_still_attend_to_what_they_kept():
     llm = engine({"rate": 2}, blocks=24, step_tokens=256)
     initial, rng = free_blocks(llm), Random(6)
-    requests = [(prompt(rng, rng.randint(250, 420)), greedy(200)) for _ in range(7)]
+    requests = [
+        (prompt(rng, rng.randint(250, 420)), greedy(200, {"kv_compress_question": 15 * (i % 3)}))
+        for i in range(7)
+    ]
     with counted(scheduler_of(llm), "_preempt_request") as preempted:
         results = watched(llm, requests, preempt_every=90)
     assert len(preempted) >= 5, f"only {len(preempted)} preemptions"

@@ -198,6 +198,7 @@ class Storm:
                         {},
                         {"kv_compress_rate": rng.choice([1, 2, 2.5, 4, 16, 1000])},
                         {"kv_compress_budget": rng.randint(1, 300)},
+                        {"kv_compress_question": rng.choice([1, 20, len(prompt) - 1, 400])},
                     ]
                 )
         name = f"r{self.tally.requests}"

@@ -120,7 +120,7 @@ def check_record(record: dict, prompt_tokens: int, **changes) -> None:
     """Compare a record with the arithmetic of `accounting`."""
     settings = shipped_presets()[record["preset"]].settings(**changes)
     expected = plan(prompt_tokens, BLOCK_TOKENS, 10_000, settings)
-    share = held_share(prompt_tokens, BLOCK_TOKENS, expected)
+    share = held_share(expected)
     assert record["prompt_tokens"] == prompt_tokens
     assert record["held_tokens"] == pytest.approx(share * prompt_tokens)
     assert record["blocks_after"] == expected.blocks_held(prompt_tokens)
@@ -209,6 +209,7 @@ BAD = {
     "rate too high": ('{"kv_compress_rate": 1025}', "kv_compress_rate", "to 1024"),
     "budget too high": ('{"kv_compress_budget": 4097}', "kv_compress_budget", "from 1 to 4096"),
     "budget fractional": ('{"kv_compress_budget": 1.5}', "kv_compress_budget", "whole number"),
+    "question negative": ('{"kv_compress_question": -1}', "kv_compress_question", "from 0"),
     "budget minus infinite": ('{"kv_compress_budget": -1e999}', "kv_compress_budget", "to 4096"),
     "both": (
         '{"kv_compress_rate": 8, "kv_compress_budget": 9}',
@@ -391,7 +392,7 @@ def test_verify_proves_compression(server) -> None:
     expected = plan(n, BLOCK_TOKENS, 10_000, shipped_presets()["snapkv"].settings(rate=8.0))
     assert report["blocks_before"] == -(-n // BLOCK_TOKENS)
     assert report["blocks_after"] == expected.blocks_held(n)
-    assert report["held_share"] == pytest.approx(held_share(n, BLOCK_TOKENS, expected))
+    assert report["held_share"] == pytest.approx(held_share(expected))
 
 
 def test_verify_fails_when_nothing_can_be_freed(server, tmp_path, monkeypatch) -> None:

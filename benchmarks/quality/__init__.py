@@ -1,0 +1,1 @@
+"""Quality: what a model still answers right when its cache is compressed."""

@@ -1,0 +1,442 @@
+"""`vllm-kvcompress bench quality`."""
+
+import os
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from enum import StrEnum
+from functools import partial
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from tqdm import tqdm
+
+from vllm_kvcompress.bench.engine import BLOCK_TOKENS, MODEL, EngineSpec
+from vllm_kvcompress.bench.harness import write_report
+from vllm_kvcompress.bench.options import ListCommand
+from vllm_kvcompress.bench.peers.spec import PeerSpec
+from vllm_kvcompress.bench.quality import judge, plots, show
+from vllm_kvcompress.bench.quality.ask import Answerer, BenchError, Prompt
+from vllm_kvcompress.bench.quality.case import Case
+from vllm_kvcompress.bench.quality.encode import Encoder, LocalEncoder, encode
+from vllm_kvcompress.bench.quality.prompts_file import read_prompts
+from vllm_kvcompress.bench.quality.rows import FP8, PLAIN, Outcome, Row, cells
+from vllm_kvcompress.bench.quality.run import CannotOpen, Phase, Plan, run
+from vllm_kvcompress.bench.quality.store import Store
+from vllm_kvcompress.bench.quality.tasks import make_cases, task_help
+from vllm_kvcompress.config import OFF, Preset, load_preset, shipped_presets, unknown_preset
+
+BUDGETS = (0.5, 0.25, 0.125, 0.0625, 0.03125)
+MOST_CACHE_BLOCKS = 6000
+TROUBLE, INTERRUPTED = 2, 130
+EPILOG = task_help().replace("\n", "\n\n")
+
+
+class Question(StrEnum):
+    """Whether the question stands in the prompt when its cache is compressed."""
+
+    seen = "seen"
+    unseen = "unseen"
+    both = "both"
+
+    def modes(self) -> list[bool]:
+        return {"seen": [False], "unseen": [True], "both": [False, True]}[self]
+
+
+@dataclass(frozen=True)
+class Policies:
+    """The rows that are presets, and the presets behind them."""
+
+    budgets: Sequence[float]
+    presets: Mapping[str, Preset]
+    own: Mapping[str, Preset]  # read from files: the engine must be told of them
+
+    @staticmethod
+    def of(given: Sequence[str], budgets: Sequence[float]) -> "Policies":
+        """Names of shipped presets, or files of presets.
+
+        Raises:
+            BenchError: an unknown name, a file that is no preset, a budget that is no share.
+        """
+        for budget in budgets:
+            if not 0 < budget <= 1:
+                raise BenchError(f"a budget is {budget:g}: give shares of the cache, above 0 to 1")
+        shipped = shipped_presets()
+        presets: dict[str, Preset] = {}
+        own: dict[str, Preset] = {}
+        for name in given or [n for n, preset in shipped.items() if not preset.continual]:
+            if name in shipped:
+                presets[name] = shipped[name]
+            elif name.endswith((".yaml", ".yml")):
+                try:
+                    preset = load_preset(name)
+                except ValueError as error:
+                    raise BenchError(str(error)) from None
+                presets[preset.name] = own[preset.name] = preset
+            elif name != OFF:
+                raise BenchError(unknown_preset(name, shipped))
+        first = sorted(presets, key=lambda name: name != "kv-compress")
+        return Policies(budgets, {name: presets[name] for name in first}, own)
+
+    def rows(self) -> list[Row]:
+        return [Row(name, "preset", b) for name in self.presets for b in self.budgets]
+
+
+@dataclass
+class Options:
+    """What the command line said, as far as the steps below share it."""
+
+    model: str
+    dtype: str
+    url: str
+    threads: int
+    at_once: int
+    block_tokens: int
+    cache_blocks: int
+    policies: Policies
+    peers: Sequence[PeerSpec]
+    fp8: bool
+    stack: ExitStack = field(default_factory=ExitStack)
+
+    def engine(self, name: str, longest: int, kv_cache_dtype: str | None = None) -> Answerer:
+        """Ours without `kv_cache_dtype`, plain vLLM with it."""
+        from vllm_kvcompress.bench.quality.engines import Engine
+
+        ours = kv_cache_dtype is None
+        presets = {n: p.model_dump(mode="json") for n, p in self.policies.own.items()}
+        blocks = -(-longest // self.block_tokens)
+        spec = EngineSpec(
+            model=self.model,
+            cache_blocks=self.cache_blocks
+            or max(3 * blocks + 8, min(self.at_once * blocks, MOST_CACHE_BLOCKS)),
+            kv_compress={"preset": OFF, "presets": presets} if ours else None,
+            max_model_len=longest,
+            batched_tokens=max(8192, longest),
+            max_seqs=self.at_once,
+            block_tokens=self.block_tokens,
+            dtype=self.dtype,
+            kv_cache_dtype=kv_cache_dtype or "auto",
+        )
+        return Engine(name, spec, self.threads, plugin=ours, at_once=4 * self.at_once)
+
+    def peer(self) -> Answerer:
+        from vllm_kvcompress.bench.peers.environment import peer_python
+        from vllm_kvcompress.bench.peers.errors import PeerError
+        from vllm_kvcompress.bench.peers.kvpress import KVPress
+        from vllm_kvcompress.bench.quality.peer import Peer
+
+        try:
+            python = peer_python("kvpress", partial(typer.echo, err=True))
+        except PeerError as error:
+            raise CannotOpen(str(error)) from None
+        return Peer(KVPress(python, self.model, self.dtype, self.threads), self.peers)
+
+
+def phases(options: Options, server: Any, longest: int) -> list[Phase]:
+    """Who answers which rows: engines one after the other, or a server, then the peers."""
+    ours = options.policies.rows()
+    plain, fp8 = Row(PLAIN, "plain"), Row(FP8, "fp8")
+    presses = [Row(str(p), "peer", b) for p in options.peers for b in options.policies.budgets]
+    if server is not None:
+        out = [Phase([plain, *ours], lambda: _Left(server))]
+        why = "needs a server of its own"
+        out += [Phase([fp8], _refuses(why))] if options.fp8 else []
+    else:
+        out = [Phase([plain], lambda: options.engine(PLAIN, longest, "auto"))]
+        fp8_engine = partial(options.engine, FP8, longest, "fp8")
+        out += [Phase([fp8], lambda: _Optional(fp8_engine()))] if options.fp8 else []
+        out += [Phase(ours, lambda: options.engine("vLLM with kv-compress", longest))]
+    return [*out, Phase(presses, options.peer)]
+
+
+class _Left:
+    """An answerer that somebody else opened and will close."""
+
+    def __init__(self, inner: Answerer) -> None:
+        self._inner, self.answers = inner, inner.answers
+
+    def __enter__(self) -> "_Left":
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        pass
+
+
+class _Optional(_Left):
+    """An answerer whose refusal to start is a row's note, not the end of the run."""
+
+    def __enter__(self) -> "_Left":
+        try:
+            self._inner.__enter__()
+        except BenchError as error:
+            raise CannotOpen(str(error)) from None
+        return self
+
+    def __exit__(self, *raised: Any) -> None:
+        self._inner.__exit__(*raised)
+
+
+def _refuses(why: str) -> Callable[[], Answerer]:
+    def refuse() -> Answerer:
+        raise CannotOpen(why)
+
+    return refuse
+
+
+def encoded(cases: Sequence[Case], encoder: Encoder) -> tuple[list[Case], dict[str, Prompt], int]:
+    """Cases that fit into the model's context, their prompts, and the longest with its answer."""
+    prompts, kept, longest = {}, [], 0
+    for case in tqdm(cases, desc="tokenizing", unit="prompt", leave=False):
+        prompt = encode(case, encoder)
+        total = len(prompt.token_ids) + prompt.max_tokens
+        if total <= encoder.max_model_len:
+            prompts[case.key] = prompt
+            kept.append(case)
+            longest = max(longest, total)
+    return kept, prompts, longest
+
+
+app = typer.Typer(add_completion=False, rich_markup_mode="markdown")
+
+
+@app.command(cls=ListCommand, epilog=EPILOG)
+def main(
+    model: Annotated[
+        str,
+        typer.Option(
+            help="A model folder or Hugging Face id.", show_default="the shipped demo model"
+        ),
+    ] = str(MODEL),
+    policies: Annotated[
+        list[str] | None,
+        typer.Option(help="Presets or files of presets; default: all but continual ones."),
+    ] = None,
+    budgets: Annotated[
+        list[float] | None,
+        typer.Option(help="Shares of the prompt's cache to hold; default 1/2 to 1/32."),
+    ] = None,
+    tasks: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="Tasks or groups of them, below. Default: demo for the demo model, else ruler."
+        ),
+    ] = None,
+    lengths: Annotated[
+        list[int] | None, typer.Option(help="Prompt lengths in tokens; default 1024.")
+    ] = None,
+    depths: Annotated[
+        list[float] | None, typer.Option(help="Of grid tasks: 0 is first, 1 right at the end.")
+    ] = None,
+    n: Annotated[int, typer.Option(min=1, help="Prompts of each task and length.")] = 100,
+    seed: Annotated[int, typer.Option(help="Of the prompts.")] = 0,
+    prompts: Annotated[
+        list[Path] | None,
+        typer.Option(
+            help="Your own cases instead: a JSON object a line with prompt, answer and, "
+            "as you like, task, length, depth, max_tokens, match."
+        ),
+    ] = None,
+    longbench_path: Annotated[
+        Path | None,
+        typer.Option(help="LongBench's files, where the Hugging Face hub is out of reach."),
+    ] = None,
+    question: Annotated[
+        Question,
+        typer.Option(help="Compress with the question in sight, before it is seen, or both."),
+    ] = Question.seen,
+    peer: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="kvpress:SnapKVPress, kvpress:AdaKVPress(press=SnapKVPress) ...: run it "
+            "in an environment of its own, made on first use."
+        ),
+    ] = None,
+    fp8: Annotated[bool, typer.Option(help="A row for vLLM's fp8 KV cache.")] = True,
+    url: Annotated[
+        str, typer.Option(help="Ask this server, started with --kv-compress, not an engine here.")
+    ] = "",
+    served_model: Annotated[str, typer.Option(help="With --url: its name there.")] = "",
+    api_key: Annotated[str, typer.Option(envvar="VLLM_API_KEY", help="With --url.")] = "",
+    concurrency: Annotated[
+        int, typer.Option(min=1, max=1024, help="Requests at once; 1 repeats to the last token.")
+    ] = 64,
+    block_tokens: Annotated[int, typer.Option(help="Tokens of a block.")] = BLOCK_TOKENS,
+    cache_blocks: Annotated[int, typer.Option(min=0, help="0: enough.")] = 0,
+    dtype: Annotated[str, typer.Option(help="As vLLM's; default: the model's.")] = "",
+    threads: Annotated[int, typer.Option(min=0, help="OpenMP threads; 0: all cores.")] = 0,
+    json: Annotated[
+        Path, typer.Option(help="The report; beside it CSV, plots, and every answer.")
+    ] = Path("results/quality.json"),
+    fresh: Annotated[bool, typer.Option(help="Drop the answers of an earlier run.")] = False,
+) -> None:
+    """What a model still answers right when its cache is compressed.
+
+    Every case is answered by plain vLLM, by vLLM with an fp8 cache, by each policy at each budget
+    in the running engine, and by the peers you name: same prompts, same scoring, greedy.
+    Read the tables by columns: a column is a share of the prompt's cache that was *really held*,
+    whole pages and the partly filled block included; peers are held to the same number of tokens.
+    `-` stands where whole pages cannot get so low: use longer prompts or smaller blocks.
+
+    The first word of an answer comes from the prefill, which no policy compresses; it is what
+    follows that shows what was lost. Short answers flatter every policy. `--question unseen`
+    compresses before the question is known: the hard case, and the one of stored contexts.
+
+    Interrupted, the same command goes on where it stopped. Exit code 0: done; 2: it could not.
+    """
+    if not dtype:
+        dtype = "float32" if model == str(MODEL) else "auto"
+    try:
+        options = Options(
+            model=model,
+            dtype=dtype,
+            url=url,
+            threads=threads or len(os.sched_getaffinity(0)),
+            at_once=concurrency,
+            block_tokens=block_tokens,
+            cache_blocks=cache_blocks,
+            policies=Policies.of(policies or [], budgets or BUDGETS),
+            peers=[PeerSpec.parse(text) for text in peer or []],
+            fp8=fp8,
+        )
+        with server_of(url, api_key, served_model, concurrency) as server:
+            encoder = server or LocalEncoder(model)
+            if server is not None:
+                options.model = model if served_model else server.model
+                options.block_tokens = server.block_tokens
+            made, notes = cases_of(
+                prompts or [],
+                partial(
+                    make_cases,
+                    tasks or ["demo" if model == str(MODEL) and not url else "ruler"],
+                    lengths or [1024],
+                    depths or [],
+                    n,
+                    seed,
+                    lambda text: len(encoder.plain_ids(text, False)),
+                    longbench_path=longbench_path,
+                    model_tokens=encoder.max_model_len,
+                ),
+            )
+            kept, tokens, longest = encoded(made, encoder)
+            if len(kept) < len(made):
+                dropped = len(made) - len(kept)
+                notes.append(f"{dropped} cases are longer than the model's context: left out")
+            for note in notes:
+                typer.echo(note, err=True)
+            if not kept:
+                raise BenchError("no case to ask")
+            plan = Plan(
+                kept, tokens, question.modes(), options.block_tokens, options.policies.presets
+            )
+            todo = phases(options, server, longest)
+            subject = {
+                "model": model if not url else f"{server.model} at {url}",
+                "dtype": dtype,
+                "block_tokens": options.block_tokens,
+            }
+            parameters = dict(
+                tasks=tasks, lengths=lengths, n=n, seed=seed, concurrency=concurrency, **subject
+            )
+            with Store(json.with_suffix(".answers.jsonl"), subject, fresh) as store:
+                absent: dict[str, str] = {}
+                try:
+                    absent = run(plan, todo, store)
+                finally:
+                    rows = [row for phase in todo for row in phase.rows]
+                    if store.outcomes:
+                        report(plan, rows, store, absent, options, parameters, json, notes)
+    except (BenchError, ValueError) as error:
+        typer.echo(f"bench quality: {error}", err=True)
+        raise typer.Exit(TROUBLE) from None
+    except OSError as error:
+        where = f"{error.filename}: " if error.filename else ""
+        typer.echo(f"bench quality: {where}{error.strerror}", err=True)
+        raise typer.Exit(TROUBLE) from None
+    except KeyboardInterrupt:
+        typer.echo("stopped; the same command goes on from here", err=True)
+        raise typer.Exit(INTERRUPTED) from None
+
+
+@contextmanager
+def server_of(url: str, api_key: str, model: str, at_once: int) -> Iterator[Any]:
+    """The server to ask, or None for an engine here."""
+    if not url:
+        yield None
+        return
+    from vllm_kvcompress.bench.quality.server import Server
+
+    with Server(url, api_key, model, at_once) as server:
+        yield server
+
+
+def cases_of(files: Sequence[Path], make: Callable[[], list[Case]]) -> tuple[list[Case], list[str]]:
+    """The cases of the files, else those made; and what to tell of lines that are none."""
+    if not files:
+        return make(), []
+    cases, notes = [], []
+    for path in files:
+        found, bad = read_prompts(path)
+        cases += found
+        notes += [f"{path}: {line}" for line in bad]
+    return list({case.key: case for case in cases}.values()), notes
+
+
+def report(
+    plan: Plan,
+    rows: Sequence[Row],
+    store: Store,
+    absent: Mapping[str, str],
+    options: Options,
+    parameters: Mapping[str, Any],
+    path: Path,
+    notes: Sequence[str],
+) -> None:
+    """Print the tables and verdicts; write JSON, CSV and plots."""
+    outcomes: list[Outcome] = list(store.outcomes.values())
+    found = cells(plan.cases, rows, plan.modes, outcomes, absent)
+    summaries = [show.mean_table(found), show.paired_table(found)]
+    tables = [*show.quality_tables(found), *(table for table in summaries if table)]
+    judged = judge.verdicts(found)
+    console = Console(width=None if sys.stdout.isatty() else 140)
+    for table in tables:
+        console.print(table.rich())
+    for verdict in judged:
+        console.print(verdict.text(), highlight=False)
+    drawn = []
+    for name, draw in {
+        "": partial(plots.accuracy_over_held_share, found),
+        ".tasks": partial(plots.bars_per_task, found, _middle(options.policies.budgets)),
+        ".depths": partial(plots.heat_map, plan.cases, _shown_over_depth(rows), outcomes),
+    }.items():
+        picture = path.with_name(f"{path.stem}{name}.png")
+        if draw(picture):
+            drawn.append(picture)
+    flat = show.flat_table(found)
+    write_report(
+        path,
+        options.threads,
+        parameters,
+        bench="quality",
+        title="What is still answered right",
+        tables=tables,
+        plots=drawn,
+        verdicts=judged,
+        notes=list(notes),
+        cells=[dict(zip(flat.columns, row, strict=True)) for row in flat.rows],
+    )
+    flat.write_csv(path.with_suffix(".csv"))
+    typer.echo(f"{path} and beside it {', '.join(p.name for p in drawn)}, CSV, answers", err=True)
+
+
+def _middle(budgets: Sequence[float]) -> float:
+    return sorted(budgets)[len(budgets) // 2]
+
+
+def _shown_over_depth(rows: Sequence[Row]) -> list[Row]:
+    """The full cache, and the first policies at the middle budget."""
+    wished = [row.budget for row in rows if row.budget is not None]
+    middle = _middle(wished) if wished else None
+    return [row for row in rows if row.budget in (None, middle)][:6]

@@ -1,0 +1,1 @@
+"""`vllm-kvcompress bench report`: every report of a folder as one page."""

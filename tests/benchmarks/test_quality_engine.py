@@ -1,0 +1,169 @@
+"""The quality bench on a real engine and a real server, with the demo model."""
+
+import json
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import time
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+import httpx
+import pytest
+from typer.testing import CliRunner
+
+import vllm_kvcompress
+from vllm_kvcompress.cli import app
+
+pytestmark = pytest.mark.engine
+MODEL = Path(vllm_kvcompress.__file__).parent / "demo_model"
+START_S = 240
+FORGETFUL = """
+from dataclasses import dataclass
+
+from vllm_kvcompress.policy import register_scorer
+from vllm_kvcompress.policy.attention import AttentionScorer
+
+
+@register_scorer("forgetful")
+@dataclass(frozen=True)
+class Forgetful(AttentionScorer):
+    def score(self, obs, layer):
+        return -super().score(obs, layer)
+"""
+
+
+@pytest.fixture(autouse=True)
+def one_thread(monkeypatch):
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+
+
+def bench(tmp_path: Path, *arguments: str, name: str = "q") -> dict:
+    path = tmp_path / f"{name}.json"
+    given = ["bench", "quality", "--json", str(path), "--no-fp8", "--threads", "1", *arguments]
+    result = CliRunner().invoke(app, given)
+    assert result.exit_code == 0, result.output
+    return json.loads(path.read_text()) | {"printed": result.output}
+
+
+def answers(tmp_path: Path, name: str = "q") -> dict:
+    lines = (tmp_path / f"{name}.answers.jsonl").read_text().splitlines()[1:]
+    read = [json.loads(line) for line in lines]
+    return {(a["case"], a["row"], a["unseen"]): a["text"] for a in read}
+
+
+@pytest.fixture
+def forgetful(tmp_path, monkeypatch) -> Path:
+    """Keeps what the default preset would drop; its scorer is there for every process."""
+    (tmp_path / "forgetful.py").write_text(FORGETFUL)
+    info = tmp_path / "forgetful-1.0.dist-info"
+    info.mkdir()
+    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: forgetful\nVersion: 1.0\n")
+    entry = "[vllm_kvcompress.policies]\nforgetful = forgetful\n"
+    (info / "entry_points.txt").write_text(entry)
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    preset = tmp_path / "forgetful.yaml"
+    preset.write_text(
+        "name: forgetful\nscorer: {name: forgetful}\nallocator: {name: global}\nrate: 8\n"
+    )
+    return preset
+
+
+def test_the_same_seed_gives_the_same_table_and_the_worst_policy_is_caught(tmp_path, forgetful):
+    arguments = ["--n", "12", "--lengths", "512", "--budgets", "0.5", "--question", "both"]
+    arguments += ["--policies", "kv-compress", str(forgetful)]
+    once = bench(tmp_path, *arguments)
+    again = bench(tmp_path, *arguments, name="again")
+    assert once["tables"] == again["tables"]
+    assert answers(tmp_path) == answers(tmp_path, "again")
+    seen = [c for c in once["cells"] if c["unseen"] == "false"]
+    score = {(c["task"], c["policy"]): float(c["score"]) for c in seen}
+    for task in ("needle", "many-facts", "span"):
+        assert score[task, "kv-compress"] >= 0.9 * score[task, "plain vLLM"] > 0.5
+    for group in {table["title"].rpartition(", n =")[0] for table in once["tables"][:-1]}:
+        judged = [v for v in once["verdicts"] if v["what"].startswith(f"{group}: forgetful")]
+        assert judged and not any(v["met"] for v in judged), f"{group}: not caught"
+    assert "MISSED  needle, 512 tokens: forgetful @ 0.5 of full" in once["printed"]
+
+
+@contextmanager
+def served(tmp_path: Path):
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    command = [str(Path(sys.executable).with_name("vllm")), "serve", str(MODEL), "--kv-compress"]
+    command += ["--port", str(port), "--dtype", "float32", "--enforce-eager"]
+    log = tmp_path / "server.log"
+    with log.open("wb") as out:
+        process = subprocess.Popen(
+            command, stdout=out, stderr=subprocess.STDOUT, start_new_session=True
+        )
+    try:
+        for _ in range(2 * START_S):
+            assert process.poll() is None, log.read_text()[-3000:]
+            try:
+                if httpx.get(f"http://127.0.0.1:{port}/health").is_success:
+                    break
+            except httpx.TransportError:
+                time.sleep(0.5)
+        yield f"http://127.0.0.1:{port}", process
+    finally:
+        end(process)
+
+
+def end(process) -> None:
+    """The server with its engine, which outlives a parent that is killed."""
+    with suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+
+
+def test_a_server_answers_as_an_engine_in_process_does(tmp_path, monkeypatch):
+    monkeypatch.setenv("VLLM_CPU_KVCACHE_SPACE", "1")
+    monkeypatch.setenv("VLLM_LOGGING_LEVEL", "ERROR")
+    arguments = ["--n", "17", "--lengths", "512", "--budgets", "0.5", "0.125"]
+    arguments += ["--policies", "kv-compress", "random", "--tasks", "demo"]
+    one = ["--concurrency", "1", "--n", "4"]
+    bench(tmp_path, *arguments, name="engine")
+    bench(tmp_path, *arguments, *one, name="engine1")
+    with served(tmp_path) as (url, process):
+        bench(tmp_path, *arguments, "--url", url, "--concurrency", "16", name="server")
+        bench(tmp_path, *arguments, *one, "--url", url, name="server1")
+        assert answers(tmp_path, "engine1") == answers(tmp_path, "server1")
+        engine, server = answers(tmp_path, "engine"), answers(tmp_path, "server")
+        assert engine.keys() == server.keys() and len(engine) == 17 * 3 * 5
+        differing = [key for key in engine if engine[key] != server[key]]
+        assert len(differing) <= 0.01 * len(engine)
+
+        end(process)
+        given = ["bench", "quality", "--url", url, "--json", str(tmp_path / "dead.json")]
+        result = CliRunner().invoke(app, given)
+        assert result.exit_code == 2
+        assert re.fullmatch(r"bench quality: no answer from \S+: [^\n]*\n", result.stderr)
+
+
+def test_a_prompts_file_is_answered_and_its_bad_lines_are_told(tmp_path):
+    from random import Random
+
+    from vllm_kvcompress.bench.quality import demo
+
+    cases = [demo.needle(Random(i), 300) for i in range(5)]
+    lines = [json.dumps({"prompt": c.prompt, "answer": c.answer[0], "task": "mine"}) for c in cases]
+    lines[2:2] = ['{"prompt": "no answer"}', "not JSON"]
+    path = tmp_path / "prompts.jsonl"
+    path.write_text("\n".join(lines))
+    arguments = ["--prompts", str(path), "--policies", "kv-compress", "--budgets", "0.5"]
+    done = bench(tmp_path, *arguments)
+    assert [note.split(":")[1].strip() for note in done["notes"]] == ["line 3", "line 4"]
+    assert "line 3" in done["printed"]
+    (table, _) = done["tables"] if len(done["tables"]) == 2 else (done["tables"][0], None)
+    assert table["title"] == "mine, n = 5"
+    assert [row[-1] for row in table["rows"]][-1] == "100.0"
+    (tmp_path / "none.jsonl").write_text("nothing here\n")
+    result = CliRunner().invoke(
+        app, ["bench", "quality", "--prompts", str(tmp_path / "none.jsonl")]
+    )
+    assert result.exit_code == 2 and "no case to ask" in result.stderr
