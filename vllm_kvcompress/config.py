@@ -216,6 +216,11 @@ class EngineConfig(_Model):
     def known_presets(self) -> dict[str, Preset]:
         return {**shipped_presets(), **self.presets}
 
+    def asked_presets(self) -> dict[str, Preset]:
+        """Those that somebody chose for this engine: its own one, and `presets`."""
+        chosen = {} if self.preset == OFF else {self.preset: self.known_presets()[self.preset]}
+        return {**self.presets, **chosen}
+
     def to_dict(self) -> dict[str, Any]:
         """Plain data, equal after `parse_engine_config`: what travels to every process."""
         return self.model_dump(mode="json", exclude_defaults=True) | {"preset": self.preset}

@@ -69,7 +69,7 @@ def forward(tokens: list[int], masks: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Log-probabilities `[T, V]`, keys and values `[L, H, T, D]`; `masks [L, H, T, T]`."""
     _seen["masks"] = masks
     logits = _model()(torch.tensor([tokens]), use_cache=False).logits[0]
-    layers = range(len(_seen["keys"]))
+    layers = range(_model().config.num_hidden_layers)
     keys = torch.stack([_seen["keys"][layer] for layer in layers])
     values = torch.stack([_seen["values"][layer] for layer in layers])
     return logits.log_softmax(dim=-1), keys, values

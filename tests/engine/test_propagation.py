@@ -205,6 +205,19 @@ def test_propagated_prompts_are_neither_published_nor_hit():
     assert ask(llm, [ids], tsp)[0].cached_tokens == 0
 
 
+def test_a_question_unseen_follows_a_propagated_context():
+    """`kv_compress_question`: the context goes on selected, the question sees all layers."""
+    question = 30
+    llm = engine({"preset": "fastkv"}, step_tokens=128)
+    asked = requests(333, 410, knobs={"kv_compress_question": question})
+    for answer, arenas in watched(llm, asked):
+        n, context = len(answer.prompt), answer.prompt[:-question]
+        kept = dense.propagated(context, LAYER, selected_tokens(len(context)), WINDOW)
+        masks = dense.selected_masks(n + len(answer.tokens), len(context), LAYER, kept)
+        assert [arena.point for arena in arenas] == [len(context)]
+        dense.check(answer, arenas, masks=masks)
+
+
 def test_original_positions_matter():
     """Positions 0 .. m-1 instead of the original ones change what is said."""
     llm = engine({"preset": "tsp"}, step_tokens=1024)
@@ -260,6 +273,20 @@ def plan_of(llm, n):
 
 def selected_by(llm, ids, settings, count, layer):
     return dense.propagated(ids, layer, count, settings.window_tokens)
+
+
+@pytest.mark.timeout(600)
+def test_a_compiled_model_says_what_an_eager_one_says():
+    """Its steps without propagation stay compiled; those with are passed by."""
+    asked = [
+        (prompt(Random(n), n), greedy(16, {"kv_compress": name}))
+        for n, name in ((300, "tsp"), (260, "off"), (333, "fastkv"), (290, "kv-compress"))
+    ]
+    both = [
+        ask(engine({"preset": "fastkv"}, step_tokens=256, eager=eager), *zip(*asked, strict=True))
+        for eager in (True, False)
+    ]
+    assert assert_same_words(both[1], both[0]) <= 1
 
 
 FAMILIES = {

@@ -244,6 +244,7 @@ def test_models_whose_layers_are_not_known_are_refused_by_name() -> None:
         with pytest.raises(StartupError, match=f"'fastkv'.* does not work with {name}"):
             with_tsp_capacity(fastkv, of(unknown, lora))
     without = with_tsp_capacity(plain, of("GPT2LMHeadModel"))
+    assert set(plain.asked_presets()) == {"kv-compress"}, "others must not keep it from starting"
     with pytest.raises(ValueError, match="'tsp' propagates selected tokens, which this server"):
         without.request_settings({"kv_compress": "tsp"}, 512)
     assert without.settings_or_off({"kv_compress": "tsp"}) is None

@@ -4,7 +4,7 @@ from typing import Any
 
 from vllm.config import VllmConfig
 
-from vllm_kvcompress.config import OFF, EngineConfig
+from vllm_kvcompress.config import EngineConfig
 from vllm_kvcompress.engine.refusals import StartupError
 
 # Decoders whose layers take (positions, hidden_states, residual) and may be given no residual.
@@ -24,10 +24,7 @@ def with_tsp_capacity(config: EngineConfig, vllm_config: VllmConfig) -> EngineCo
     """
     longest = vllm_config.model_config.max_model_len
     tokens = config.tsp_max_inflight_tokens
-    own = dict(config.presets)
-    if config.preset != OFF:
-        own[config.preset] = config.known_presets()[config.preset]
-    asking = sorted(name for name, preset in own.items() if preset.propagates)
+    asking = sorted(name for name, preset in config.asked_presets().items() if preset.propagates)
     obstacle = _obstacle(vllm_config)
     if obstacle and (asking or tokens):
         who = f"preset {asking[0]!r}" if asking else f"tsp_max_inflight_tokens={tokens}"

@@ -76,9 +76,9 @@ def _checked(raw: Any) -> EngineConfig:
 
 
 def _check_for_model(config: EngineConfig, vllm_config: VllmConfig) -> None:
-    """Raise `StartupError` where a preset does not suit the model's layers."""
+    """Raise `StartupError` where a preset that was asked for does not suit the model's layers."""
     layers = vllm_config.model_config.get_total_num_hidden_layers()
-    for preset in config.known_presets().values():
+    for preset in config.asked_presets().values():
         try:
             for variant in preset.variants():
                 build(variant, layers)
