@@ -57,11 +57,12 @@ def tables(rows: Mapping[str, Ratios]) -> list[Table]:
     found = {name: crossovers(ratios) for name, ratios in rows.items() if ratios}
     if not found:
         return []
-    by_tokens, by_prompts = next(iter(found.values()))
+    by_tokens = sorted({tokens for pays, _ in found.values() for tokens in pays})
+    by_prompts = sorted({prompts for _, pays in found.values() for prompts in pays})
     out = []
     if len(by_prompts) > 1:
         cells = [
-            [f"{tokens:,}", *(_cell(pays[0][tokens]) for pays in found.values())]
+            [f"{tokens:,}", *(_cell(pays[0].get(tokens)) for pays in found.values())]
             for tokens in by_tokens
         ]
         out.append(
@@ -75,7 +76,7 @@ def tables(rows: Mapping[str, Ratios]) -> list[Table]:
         )
     if len(by_tokens) > 1:
         cells = [
-            [f"{prompts}", *(_cell(pays[1][prompts]) for pays in found.values())]
+            [f"{prompts}", *(_cell(pays[1].get(prompts)) for pays in found.values())]
             for prompts in by_prompts
         ]
         out.append(
@@ -99,8 +100,7 @@ def plot(rows: Mapping[str, Ratios], path: Path, caption: str) -> None:
     With one number of requests only, against the prompt length.
     """
     rows = {name: ratios for name, ratios in rows.items() if ratios}
-    points = next(iter(rows.values()))
-    over_prompts = len({point.prompts for point in points}) > 1
+    over_prompts = len({point.prompts for ratios in rows.values() for point in ratios}) > 1
     figure, axes = panels(len(rows), share_y=True)
     for axis, (name, ratios) in zip(axes, rows.items(), strict=True):
         lines = _lines(ratios, over_prompts)

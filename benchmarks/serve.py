@@ -143,7 +143,7 @@ def measure(
     """
     samples: dict[float, dict[str, list[Run]]] = {}
     for place, load in enumerate(loads):
-        samples[load.request_rate] = {row.name: [] for row in rows if row.name in serving}
+        samples[load.request_rate] = {row.name: [] for row in rows if row.name not in refused}
         for number in range(-1 if place == 0 else 0, rounds):
             turn = number % len(rows)
             for row in [*rows[turn:], *rows[:turn]]:

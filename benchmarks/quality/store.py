@@ -1,5 +1,6 @@
 """Outcomes on disk, a line each, so that an interrupted run goes on where it stopped."""
 
+import fcntl
 import json
 from collections.abc import Mapping
 from contextlib import suppress
@@ -30,12 +31,10 @@ class Store:
     def __enter__(self) -> Self:
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
-            if self._fresh:
-                self.path.unlink(missing_ok=True)
-            whole = self._read() if self.path.exists() else 0
-            self._file = self.path.open("r+b" if self.path.exists() else "wb")
+            self._file = self.path.open("a+b")
+            self._claim()
+            whole = self._read()
             self._file.truncate(whole)
-            self._file.seek(whole)
         except OSError as error:
             raise BenchError(f"cannot use {self.path}: {error.strerror}") from None
         if not whole:
@@ -66,8 +65,17 @@ class Store:
                 f"{len(self.outcomes)} answers are kept, the same command goes on from there"
             ) from None
 
+    def _claim(self) -> None:
+        """Two runs that write to one file would spoil it."""
+        try:
+            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise BenchError(f"another run is writing to {self.path}") from None
+
     def _read(self) -> int:
         """Take in every whole line; returns where the last of them ends."""
+        if self._fresh:
+            return 0
         content = self.path.read_bytes()
         whole = content.rfind(b"\n") + 1
         lines = content[:whole].splitlines()

@@ -49,6 +49,13 @@ def test_the_tables_have_a_column_per_row_and_a_dash_for_never():
     assert "up to 16 requests" in fewest.note and "up to 2,048 tokens" in shortest.note
 
 
+def test_a_row_that_died_on_the_way_is_judged_by_what_it_did():
+    some = {point: ratio for point, ratio in GRID.items() if point.prompt_tokens > 128}
+    fewest, shortest = tables({"rate 2": some, "rate 8": GRID})
+    assert fewest.rows[0] == ["128", NEVER, "16"]
+    assert shortest.rows[2] == ["16", "512", "128"]
+
+
 def test_a_direction_of_one_size_has_no_table():
     line = {point: ratio for point, ratio in GRID.items() if point.prompts == 4}
     (shortest,) = tables({"rate 8": line})

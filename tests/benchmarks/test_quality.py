@@ -230,6 +230,11 @@ def test_answers_of_another_model_are_not_taken_for_this_ones(tmp_path):
         Store(tmp_path / "b.jsonl", SUBJECT).__enter__()
 
 
+def test_two_runs_do_not_write_to_one_file(tmp_path):
+    with Store(tmp_path / "a.jsonl", SUBJECT), pytest.raises(BenchError, match="another run"):
+        Store(tmp_path / "a.jsonl", SUBJECT).__enter__()
+
+
 def test_a_full_disk_ends_in_one_line_and_keeps_what_was_done(tmp_path):
     path = tmp_path / "a.jsonl"
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)

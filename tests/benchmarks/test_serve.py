@@ -1,6 +1,7 @@
 import socket
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -25,13 +26,13 @@ def fake_server(name: str = "plain vLLM", *arguments: str, **more) -> VllmServer
     return VllmServer(name, arguments, {}, command=FAKE, **more)
 
 
-def measured(monkeypatch, mishaps: str = "", rounds: int = 2):
+def measured(monkeypatch, mishaps: str = "", rounds: int = 2, loads=(LOAD,)):
     """All rows against stand-ins of their servers."""
     monkeypatch.setenv("FAKE_VLLM", mishaps)
     refused: dict[str, str] = {}
     said: list[str] = []
     with started(ROWS, HOW, 1, 0, 20, refused, said.append, FAKE) as serving:
-        samples = measure(ROWS, serving, [LOAD], rounds, 0, refused, said.append, FAKE)
+        samples = measure(ROWS, serving, loads, rounds, 0, refused, said.append, FAKE)
     return samples, refused, said
 
 
@@ -61,7 +62,9 @@ def test_a_refused_row_says_so_in_words(monkeypatch):
 
 
 def test_a_server_that_dies_loses_its_rows_and_the_rest_runs(monkeypatch):
-    samples, refused, _ = measured(monkeypatch, "ours:die", rounds=1)
+    loads = [LOAD, replace(LOAD, request_rate=4)]
+    samples, refused, _ = measured(monkeypatch, "ours:die", 1, loads)
+    assert set(samples[4]) == {PLAIN, FP8}
     assert set(samples[float("inf")]) == {PLAIN, FP8}
     assert set(refused) == {OFF, "rate 2", "rate 8"}
     assert all("the engine core is gone" in reason for reason in refused.values())

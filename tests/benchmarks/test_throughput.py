@@ -9,7 +9,7 @@ from typer.testing import CliRunner
 from vllm_kvcompress.bench import promises, throughput
 from vllm_kvcompress.bench.crossover import Point
 from vllm_kvcompress.bench.engine import EngineSpec, Round, Workload
-from vllm_kvcompress.bench.process import last_words
+from vllm_kvcompress.bench.process import ProcessEnded, last_words
 from vllm_kvcompress.bench.promises import ratio, read_baseline, verdicts
 from vllm_kvcompress.bench.throughput import Grid, measure, table
 from vllm_kvcompress.bench.variants import FP8, OFF, PLAIN, variants
@@ -137,6 +137,44 @@ def test_every_point_has_plain_vllm_first_and_refused_rows_in_words():
     assert "fp8 cache: FP8 needs AVX-512" in shown.note
     held = {row[0]: row[1] for row in shown.rows}
     assert held["rate 8"] == "12.5%" and held[OFF] == "100.0%"  # 8 of 64 blocks
+
+
+class Scripted:
+    """Answers rounds as told; one that is told to die does, at its n-th round."""
+
+    def __init__(self, calls: list[tuple[str, int, object]], name: str, dies_at: int = 99) -> None:
+        self.calls, self.name, self.left = calls, name, dies_at
+
+    def run(self, work: Workload) -> Round:
+        self.left -= 1
+        if self.left == 0:
+            raise ProcessEnded(self.name, "MemoryError: no room")
+        self.calls.append((self.name, work.seed, work.extra_args))
+        return PLAIN_ROUND
+
+
+def test_rows_take_turns_in_rotating_order_on_the_same_prompts():
+    calls: list = []
+    rows = variants([8], fp8=False)
+    children = {row.name: Scripted(calls, row.name) for row in rows}
+    samples = throughput._rounds(rows, children, Workload(1, 1, 1), 2, {}, lambda _: None)
+    assert {name: len(rounds) for name, rounds in samples.items()} == {row.name: 2 for row in rows}
+    names, seeds = [name for name, _, _ in calls], [seed for _, seed, _ in calls]
+    assert seeds == [-1] * 3 + [0] * 3 + [1] * 3  # the first round warms up
+    assert names[3:] == [PLAIN, OFF, "rate 8", OFF, "rate 8", PLAIN]
+    asked = {name: args for name, _, args in calls}
+    assert asked[PLAIN] is None and asked[OFF] == {"kv_compress": "off"}
+
+
+def test_an_engine_that_dies_loses_its_row_and_without_plain_vllm_all_ends():
+    rows, refused = variants([8], fp8=False), {}
+    children = {row.name: Scripted([], row.name) for row in rows}
+    children["rate 8"] = Scripted([], "rate 8", dies_at=2)
+    samples = throughput._rounds(rows, children, Workload(1, 1, 1), 2, refused, lambda _: None)
+    assert set(samples) == {PLAIN, OFF} and refused == {"rate 8": "no room"}
+    children[PLAIN] = Scripted([], PLAIN, dies_at=2)
+    with pytest.raises(SystemExit, match="plain vLLM died: no room"):
+        throughput._rounds(rows, children, Workload(1, 1, 1), 2, {}, lambda _: None)
 
 
 def test_the_last_exception_is_why_an_engine_ended():

@@ -1,0 +1,43 @@
+"""The kernel tests, in processes of their own: vLLM and Triton's interpreter do not mix."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+TESTS = Path(__file__).parent
+
+pytestmark = pytest.mark.skipif(
+    os.environ.get("TRITON_INTERPRET") == "1", reason="they run in this process"
+)
+
+
+@pytest.mark.timeout(900)
+def test_kernels_in_triton_interpreter():
+    pytest_apart = ["-m", "pytest", "-q", "-p", "no:cacheprovider"]
+    run(*pytest_apart, TESTS / "kernels", TRITON_INTERPRET="1", OMP_NUM_THREADS="1")
+
+
+@pytest.mark.timeout(900)
+def test_kernels_compile_for_gpus_without_spilling_registers():
+    figures = json.loads(run(TESTS / "kernels/gpu_code.py"))
+    assert {name.split()[-1] for name in figures} == {"sm_80", "sm_90", "sm_100"}
+    assert not {name: of for name, of in figures.items() if of["spilled_bytes"]}
+
+
+def run(*arguments, **environment):
+    command = [sys.executable, "-P", *arguments]
+    ran = subprocess.run(
+        command,
+        cwd=TESTS.parent,
+        env=os.environ | environment,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    print(ran.stdout[-6000:], ran.stderr[-2000:])
+    assert ran.returncode == 0
+    return ran.stdout
