@@ -24,5 +24,6 @@ setup(
         "vllm_kvcompress.bench.peers": ["*.lock"],
         "vllm_kvcompress.bench.report": ["*.jinja"],
         "vllm_kvcompress.configs": ["*.yaml"],
+        "vllm_kvcompress.policy": ["*.json"],
     },
 )

@@ -383,8 +383,19 @@ def ablations(preset: Preset) -> list[Preset]:
 
 
 def find_preset(name_or_file: str) -> Preset:
+    """A preset as it serves these tasks, whose answers stand in one place of the prompt.
+
+    Raises:
+        ValueError: it does more than keep part of a full cache.
+    """
     shipped = shipped_presets()
-    return shipped[name_or_file] if name_or_file in shipped else load_preset(name_or_file)
+    preset = shipped[name_or_file] if name_or_file in shipped else load_preset(name_or_file)
+    if preset.propagates:
+        raise ValueError(
+            f"preset {preset.name!r} changes the prefill, but here every prompt is read in full: "
+            "measure it with `vllm-kvcompress bench quality`"
+        )
+    return preset.for_task("localization") if preset.tasks else preset
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -405,7 +416,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     torch.set_num_threads(args.threads)
     try:
         # Recompression while decoding does not show in answers this short.
-        names = args.preset or [n for n, p in shipped_presets().items() if not p.continual]
+        shipped = shipped_presets().items()
+        names = args.preset or [n for n, p in shipped if not p.continual and not p.propagates]
         presets = [find_preset(name) for name in names]
         if args.ablate:
             presets = ablations(shipped_presets()[DEFAULT_PRESET])

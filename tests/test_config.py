@@ -58,6 +58,19 @@ BAD_KNOBS = {
         "kv_compress_rate and kv_compress_budget exclude each other",
         "give one",
     ),
+    "unknown task": (
+        {"kv_compress": "windowkv", "kv_compress_task": "qa"},
+        "kv_compress_task",
+        "localization, aggregation, auto",
+    ),
+    "task as None": (
+        {"kv_compress": "windowkv", "kv_compress_task": None},
+        "kv_compress_task",
+        "auto",
+    ),
+    "task as a list": ({"kv_compress_task": ["auto"]}, "kv_compress_task", "auto"),
+    "task of 100 KB": ({"kv_compress_task": NOVEL}, "kv_compress_task", "100000 characters"),
+    "task of a preset without": ({"kv_compress_task": "auto"}, "kv_compress_task", "windowkv"),
     "unknown knob": ({"kv_compress_ratio": 8}, "kv_compress_ratio", "kv_compress_rate"),
     "knob of 100 KB": ({"kv_compress_" + NOVEL: 8}, "kv_compress_x", "kv_compress_budget"),
     "bad knob beside off": (
@@ -204,3 +217,23 @@ def test_presets_named_in_the_config_are_known_to_requests() -> None:
     own = Preset(name="own", scorer={"name": "random"}, allocator={"name": "uniform"}, rate=3)
     config = EngineConfig(presets={"own": own})
     assert config.request_settings({"kv_compress": "own"}, 99).rate == 3
+
+
+def test_the_class_of_a_task_is_the_requests_own():
+    config = EngineConfig(preset="windowkv")
+    settings = [
+        config.request_settings(knobs, MAX_TOKENS)
+        for knobs in (
+            {"kv_compress_task": "aggregation"},
+            {"kv_compress_task": "localization"},
+            {"kv_compress_task": "auto"},
+            None,
+            {"kv_compress": "snapkv"},
+        )
+    ]
+    assert [s.task for s in settings] == ["aggregation", *["localization"] * 3, None]
+    assert [s.window_tokens for s in settings] == [16, 32, 32, 32, 64]
+    unknown = [None, {}, {"kv_compress_task": "auto"}]
+    told = [{"kv_compress_task": "aggregation"}, {"kv_compress": "snapkv"}, {"kv_compress": "off"}]
+    assert all(map(config.wants_task, unknown)) and not any(map(config.wants_task, told))
+    assert not config.wants_task({"kv_compress": ["windowkv"]})

@@ -18,6 +18,8 @@ class Settings:
     prompt queries that judge the rest; `sink_tokens` and `recent_tokens` are kept in every head.
     The last `question_tokens` of a prompt take no part: what stands before them is compressed
     without having seen them, and they follow as decoded tokens do.
+    With `tsp_rate` or `tsp_tokens` so many prompt tokens go on above layer `tsp_layer`.
+    `task` is the class of the request's task where its preset tells classes apart.
     """
 
     preset: str
@@ -30,6 +32,9 @@ class Settings:
     continual: bool = False
     continual_slack_blocks: int = 4
     force_arena: bool = False
+    task: str | None = None
+    tsp_rate: float | None = None
+    tsp_tokens: int | None = None
 
     def wishes_compression(self) -> bool:
         """Whether any prompt at all could be compressed under these settings."""
@@ -44,6 +49,7 @@ class Plan:
     with continual compression the same happens again at every `next_point`.
     `first_point` is the number of computed tokens at which the first compression happens, or
     None when the request is left alone. `prompt_tokens` are those before the question.
+    `tsp_tokens` is the number of prompt tokens that the deep layers see, None for all.
     """
 
     prompt_tokens: int
@@ -51,6 +57,7 @@ class Plan:
     arena_blocks: int
     first_point: int | None
     slack_blocks: int | None
+    tsp_tokens: int | None = None
 
     def tail_start_block(self, point: int) -> int:
         """Index of the first natural block that stays after the compression at `point`."""
@@ -63,6 +70,12 @@ class Plan:
         if self.slack_blocks is None:
             return None
         return self._point(self._periods(computed_tokens) + 1)
+
+    def next_stop(self, computed_tokens: int) -> int | None:
+        """Smallest number `> computed_tokens` at which a chunk must end, or None."""
+        if self.tsp_tokens is not None and computed_tokens < self.prompt_tokens:
+            return self.prompt_tokens
+        return self.next_point(computed_tokens)
 
     def last_point(self, computed_tokens: int) -> int | None:
         """Largest compression point `<= computed_tokens`, or None."""
@@ -111,6 +124,8 @@ class Plan:
         The queries that judge the prompt must be computed again, and at least its last token,
         for otherwise no step would end at `first_point`.
         """
+        if self.tsp_tokens is not None:  # no block holds what all layers need
+            return 0
         if self.first_point is None:
             return None
         limit = self.first_point - max(1, window_tokens)
@@ -155,14 +170,37 @@ def protected_tokens(n: int, block_tokens: int, settings: Settings) -> tuple[int
     return sinks, recent
 
 
+def _protected_for_good(n: int, block_tokens: int, settings: Settings) -> int:
+    """Tokens that every head must keep in its arena, at any compression point."""
+    if settings.continual:  # at a later point no partly filled block holds recent tokens
+        return settings.sink_tokens + settings.recent_tokens
+    return sum(protected_tokens(n, block_tokens, settings))
+
+
 def blocks_to_keep(n: int, block_tokens: int, settings: Settings) -> int:
     """`K = max(1, ceil(protected/B), ceil((b - t)/B))`: the arena's size in blocks."""
     tail = n % block_tokens
-    protected = sum(protected_tokens(n, block_tokens, settings))
-    if settings.continual:  # at a later point no partly filled block holds recent tokens
-        protected = settings.sink_tokens + settings.recent_tokens
+    protected = _protected_for_good(n, block_tokens, settings)
     wanted = ceil((budget_tokens(n, settings) - tail) / block_tokens)
     return max(1, ceil_div(protected, block_tokens), wanted)
+
+
+def tsp_selected_tokens(n: int, block_tokens: int, settings: Settings) -> int | None:
+    """How many of n prompt tokens the deep layers see, None for all.
+
+    Whole blocks and the tail, so that what follows stands where vLLM expects it: the tokens
+    asked for, rounded up, and at least the window and what is protected.
+    """
+    if settings.tsp_rate is None and settings.tsp_tokens is None:
+        return None
+    full, tail = divmod(n, block_tokens)
+    wanted = settings.tsp_tokens or int(n * (settings.tsp_rate or 1.0))
+    least = max(wanted - tail, settings.window_tokens - tail, 1)
+    least = max(least, _protected_for_good(n, block_tokens, settings))
+    blocks = ceil_div(least, block_tokens)
+    if settings.force_arena:
+        return min(blocks, full) * block_tokens + tail if full else None
+    return blocks * block_tokens + tail if blocks < full else None
 
 
 def plan(n: int, block_tokens: int, num_blocks: int, settings: Settings | None) -> Plan:
@@ -172,12 +210,15 @@ def plan(n: int, block_tokens: int, num_blocks: int, settings: Settings | None) 
     """
     if settings is not None and settings.question_tokens:
         n = max(0, n - settings.question_tokens)
-    alone = Plan(n, block_tokens, 0, None, None)
+    selected = tsp_selected_tokens(n, block_tokens, settings) if settings is not None else None
+    alone = Plan(n, block_tokens, 0, None, None, selected)
     if settings is None or not settings.wishes_compression():
         return alone
     usable = num_blocks - 1
     full = n // block_tokens
     kept = blocks_to_keep(n, block_tokens, settings)
+    if selected is not None:
+        kept = min(kept, selected // block_tokens)
     continual = settings.continual and not settings.force_arena
     slack = settings.continual_slack_blocks if continual else None
     if settings.force_arena and full:
@@ -193,7 +234,7 @@ def plan(n: int, block_tokens: int, num_blocks: int, settings: Settings | None) 
         return alone
     if slack is not None and 2 * kept + slack + 1 > usable:
         slack = None
-    return Plan(n, block_tokens, kept, n, slack)
+    return Plan(n, block_tokens, kept, n, slack, selected)
 
 
 def held_share(plan: Plan) -> float:

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from functools import cache
 from importlib import resources
 from pathlib import Path
-from typing import Any, TypeGuard
+from typing import Annotated, Any, Literal, TypeGuard, cast, get_args
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
@@ -24,6 +24,7 @@ REQUEST_KEYS = (
     "kv_compress_rate",
     "kv_compress_budget",
     "kv_compress_question",
+    "kv_compress_task",
 )
 REFUSAL_REASONS = (
     "unknown_preset",
@@ -32,7 +33,14 @@ REFUSAL_REASONS = (
     "bad_rate",
     "bad_budget",
     "bad_question",
+    "bad_task",
+    "tsp_unavailable",
+    "tsp_prompt_logprobs",
 )
+Task = Literal["localization", "aggregation"]
+AUTO = "auto"
+TASKS: tuple[Task, ...] = get_args(Task)
+UNKNOWN_TASK: Task = "localization"  # of prompts without text
 
 
 class KnobError(ValueError):
@@ -58,8 +66,25 @@ class Component(BaseModel):
         return dict(self.model_extra or {})
 
 
+class TaskChanges(_Model):
+    """What a preset does differently for one class of tasks."""
+
+    scorer: Component | None = None
+    window_tokens: int | None = Field(default=None, ge=1, le=1024)
+    recent_tokens: int | None = Field(default=None, ge=0, le=4096)
+
+
 class Preset(_Model):
-    """One way to compress: who scores, who allocates, who selects, and the numbers."""
+    """One way to compress: who scores, who allocates, who selects, and the numbers.
+
+    group_layers: layers that share one scoring (WindowKV): a number that divides the model's,
+        or "quarter": a quarter of the layers (8 of 32), or the next smaller divisor.
+    tasks: changes for the classes of tasks (WindowKV), for both of them or none.
+    task: the class of a request that names none; "auto": the one its prompt looks like.
+    tsp_rate, tsp_tokens: with one of them, only so many tokens of a prompt, chosen by
+        `propagator`, go on above layer `tsp_layer` (FastKV's token-selective propagation).
+    tsp_layer: 0-based, the last layer that sees all tokens; None: `L/2 - 1`.
+    """
 
     name: str = Field(pattern=r"^[a-z0-9][a-z0-9._-]{0,63}$")
     description: str = ""
@@ -73,12 +98,79 @@ class Preset(_Model):
     recent_tokens: int = Field(default=0, ge=0, le=4096)
     continual: bool = False
     continual_slack_blocks: int = Field(default=4, ge=1, le=1024)
+    group_layers: Annotated[int, Field(ge=1)] | Literal["quarter"] = 1
+    tasks: dict[Task, TaskChanges] = Field(default_factory=dict)
+    task: Task | Literal["auto"] = "auto"
+    propagator: Component = Component(name="attention")
+    tsp_rate: float | None = Field(default=None, gt=0, le=1)
+    tsp_tokens: int | None = Field(default=None, ge=1, le=2**31)
+    tsp_layer: int | None = Field(default=None, ge=0)
 
     @model_validator(mode="after")
     def _off_is_reserved(self) -> "Preset":
         if self.name == OFF:
             raise ValueError(f"{OFF!r} means no compression and cannot name a preset")
         return self
+
+    @model_validator(mode="after")
+    def _one_tsp_size(self) -> "Preset":
+        if self.tsp_rate is not None and self.tsp_tokens is not None:
+            raise ValueError("tsp_rate and tsp_tokens exclude each other: give one of them")
+        if self.tsp_layer is not None and not self.propagates:
+            raise ValueError("tsp_layer has no effect without tsp_rate or tsp_tokens")
+        return self
+
+    @property
+    def propagates(self) -> bool:
+        """Whether the deep layers see selected tokens only."""
+        return self.tsp_rate is not None or self.tsp_tokens is not None
+
+    def last_full_layer(self, layers: int) -> int:
+        """`tsp_layer` for a model of that many layers.
+
+        Raises:
+            ValueError: there is no layer above it.
+        """
+        layer = max(0, layers // 2 - 1) if self.tsp_layer is None else self.tsp_layer
+        if layer > layers - 2:
+            raise ValueError(
+                f"preset {self.name!r}: tsp_layer={layer} leaves no layer above it in a model of "
+                f"{layers} layers; allowed: 0 to {layers - 2}"
+            )
+        return layer
+
+    @model_validator(mode="after")
+    def _both_tasks_or_none(self) -> "Preset":
+        if len(self.tasks) not in (0, len(TASKS)):
+            raise ValueError(f"tasks: give changes for each of {', '.join(TASKS)}")
+        return self
+
+    def for_task(self, task: Task | None) -> "Preset":
+        """This preset as it serves a request of that class; None where it knows no classes."""
+        if task is None:
+            return self
+        changes = {k: v for k, v in self.tasks[task] if v is not None}
+        return self.model_copy(update={**changes, "tasks": {}})
+
+    def variants(self) -> list["Preset"]:
+        """What requests may get of this preset: itself, or one for each class of tasks."""
+        return [self.for_task(task) for task in self.tasks] or [self]
+
+    def layers_per_group(self, layers: int) -> int:
+        """`group_layers` for a model of that many layers.
+
+        Raises:
+            ValueError: it does not divide them.
+        """
+        if self.group_layers == "quarter":
+            return max(d for d in range(1, max(1, layers // 4) + 1) if layers % d == 0)
+        if layers % self.group_layers:
+            divisors = [d for d in range(1, layers + 1) if layers % d == 0]
+            raise ValueError(
+                f"preset {self.name!r}: group_layers={self.group_layers} does not divide the "
+                f"model's {layers} layers; allowed: {', '.join(map(str, divisors))} or 'quarter'"
+            )
+        return self.group_layers
 
     def settings(self, **changes: Any) -> Settings:
         """The numbers of this preset as the arithmetic wants them."""
@@ -91,6 +183,8 @@ class Preset(_Model):
             recent_tokens=self.recent_tokens,
             continual=self.continual,
             continual_slack_blocks=self.continual_slack_blocks,
+            tsp_rate=self.tsp_rate,
+            tsp_tokens=self.tsp_tokens,
         )
         return Settings(**{**fields, **changes})
 
@@ -101,11 +195,16 @@ class EngineConfig(_Model):
     preset: what a request gets that names none: a shipped preset, or one of `presets`, or
         "off" (compress only the requests that ask for it).
     presets: further presets by name, for instance the file given to `--kv-compress`.
-    test_force_arena: for tests only; sends every prompt through an arena, even at rate 1.
+    tsp_max_inflight_tokens: prompt tokens of all requests whose deep layers still wait for
+        their last chunk; their hidden states take memory from the cache. None: the context
+        length where the model allows TSP; 0: no TSP.
+    test_force_arena: for tests only; sends every prompt through an arena, even at rate 1, and
+        through token-selective propagation, even if that selects all tokens.
     """
 
     preset: str = DEFAULT_PRESET
     presets: dict[str, Preset] = Field(default_factory=dict)
+    tsp_max_inflight_tokens: int | None = Field(default=None, ge=0, le=2**31)
     test_force_arena: bool = False
 
     @model_validator(mode="after")
@@ -116,6 +215,11 @@ class EngineConfig(_Model):
 
     def known_presets(self) -> dict[str, Preset]:
         return {**shipped_presets(), **self.presets}
+
+    def asked_presets(self) -> dict[str, Preset]:
+        """Those that somebody chose for this engine: its own one, and `presets`."""
+        chosen = {} if self.preset == OFF else {self.preset: self.known_presets()[self.preset]}
+        return {**self.presets, **chosen}
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data, equal after `parse_engine_config`: what travels to every process."""
@@ -184,7 +288,47 @@ class EngineConfig(_Model):
                     f"number of tokens, from 0 to {max_tokens}, at the prompt's end",
                 )
             changes |= {"question_tokens": int(question)}
-        return None if name == OFF else presets[name].settings(**changes)
+        task = knobs.get("kv_compress_task")
+        if "kv_compress_task" in knobs:
+            if task not in (*TASKS, AUTO):
+                raise KnobError(
+                    "kv_compress_task",
+                    "bad_task",
+                    f"kv_compress_task={shorten(task)} is not allowed: give one of "
+                    f"{', '.join((*TASKS, AUTO))}",
+                )
+            if name != OFF and not presets[name].tasks:
+                knowing = [other for other, preset in sorted(presets.items()) if preset.tasks]
+                raise KnobError(
+                    "kv_compress_task",
+                    "bad_task",
+                    f"kv_compress_task has no effect on preset {name!r}: leave it out, or take "
+                    f"a preset that knows tasks: {', '.join(knowing)}",
+                )
+        if name == OFF:
+            return None
+        preset = presets[name]
+        if preset.propagates and self.tsp_max_inflight_tokens == 0:
+            raise KnobError(
+                "kv_compress",
+                "tsp_unavailable",
+                f"kv_compress: preset {name!r} propagates selected tokens, which this server does "
+                "not do: its model or a feature does not allow it, or tsp_max_inflight_tokens is 0",
+            )
+        if not preset.tasks:
+            return preset.settings(**changes)
+        task = preset.task if task is None else task
+        known = cast(Task, UNKNOWN_TASK if task == AUTO else task)
+        return preset.for_task(known).settings(task=known, **changes)
+
+    def wants_task(self, xargs: Mapping[str, Any] | None) -> bool:
+        """Whether the class of this request's task is still to be told from its prompt."""
+        xargs = xargs or {}
+        name = xargs.get("kv_compress", self.preset)
+        preset = self.known_presets().get(name) if isinstance(name, str) else None
+        if preset is None or not preset.tasks:
+            return False
+        return xargs.get("kv_compress_task", preset.task) == AUTO
 
     def settings_or_off(self, xargs: Mapping[str, Any] | None) -> Settings | None:
         """As `request_settings`, for where an error can no longer be told to anybody.
@@ -237,6 +381,8 @@ def parse_engine_config(raw: Any) -> EngineConfig:
                 f"unknown key {shorten(unknown[0])}; known: {', '.join(sorted(set(allowed)))}"
             )
         base = config.known_presets()[config.preset].model_dump()
+        if {"tsp_rate", "tsp_tokens"} & set(overrides):
+            base |= {"tsp_rate": None, "tsp_tokens": None}
         preset = Preset(**{**base, **overrides})
         return EngineConfig(**{**own, "presets": {**config.presets, preset.name: preset}})
     except ValidationError as error:

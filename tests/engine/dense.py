@@ -1,4 +1,4 @@
-"""An independent judge: transformers' Llama in float64 with a mask per layer and head.
+"""An independent judge: transformers' model in float64 with a mask per layer and head.
 
 What a request kept is not asked from the engine's books. The keys and values in its arena pages
 are matched with those that the reference computes, so that a wrong page, a wrong token or a
@@ -6,6 +6,8 @@ wrong element is seen as well.
 """
 
 from collections import defaultdict
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
 from typing import Any
@@ -13,11 +15,17 @@ from typing import Any
 import torch
 from engine.engines import BLOCK, DEMO_MODEL, Answer, compressor_of
 from torch import Tensor
-from transformers import AttentionInterface, LlamaForCausalLM
+from transformers import AttentionInterface, AutoModelForCausalLM
 
 SAME = 1e-4  # log-probabilities, relative where they exceed 1
 SAME_ELEMENT = 1e-3  # of keys and values, which reach 20 and carry three layers of rounding
-_seen: dict[str, Any] = {"masks": None, "keys": {}, "values": {}}
+_seen: dict[str, Any] = {
+    "model": DEMO_MODEL,
+    "masks": None,
+    "queries": {},
+    "keys": {},
+    "values": {},
+}
 
 
 def _masked_attention(
@@ -27,16 +35,31 @@ def _masked_attention(
     layer, heads = module.layer_idx, key.shape[1]
     _seen["keys"][layer], _seen["values"][layer] = key[0].float(), value[0].float()
     grouped = query[0].unflatten(0, (heads, -1))  # [H, G, T, D]
+    _seen["queries"][layer] = grouped.float()
     logits = (grouped * scaling) @ key[0][:, None].transpose(-1, -2)
     logits = logits.masked_fill(~_seen["masks"][layer][:, None], -torch.inf)
     out = logits.softmax(dim=-1) @ value[0][:, None]
     return out.flatten(0, 1).transpose(0, 1)[None], None
 
 
+def _model() -> Any:
+    return _loaded(_seen["model"])
+
+
+@contextmanager
+def judging(path: str) -> Iterator[None]:
+    """Inside, the judge is the checkpoint at `path`, not the demo model."""
+    before, _seen["model"] = _seen["model"], path
+    try:
+        yield
+    finally:
+        _seen["model"] = before
+
+
 @cache
-def _model() -> LlamaForCausalLM:
+def _loaded(path: str) -> Any:
     AttentionInterface.register("per_head_masks", _masked_attention)
-    model = LlamaForCausalLM.from_pretrained(DEMO_MODEL, dtype=torch.float64)
+    model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float64)
     model.set_attn_implementation("per_head_masks")
     return model.eval()
 
@@ -46,7 +69,7 @@ def forward(tokens: list[int], masks: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Log-probabilities `[T, V]`, keys and values `[L, H, T, D]`; `masks [L, H, T, T]`."""
     _seen["masks"] = masks
     logits = _model()(torch.tensor([tokens]), use_cache=False).logits[0]
-    layers = range(len(_seen["keys"]))
+    layers = range(_model().config.num_hidden_layers)
     keys = torch.stack([_seen["keys"][layer] for layer in layers])
     values = torch.stack([_seen["values"][layer] for layer in layers])
     return logits.log_softmax(dim=-1), keys, values
@@ -96,7 +119,8 @@ class Watch:
     def _look(self, name: str, tail_start: int) -> Arena:
         pool, plan = self._compressor.pool, self._compressor._requests[name].plan
         counts, ids = self._compressor.tables.arena(name)
-        point = plan.first_point if tail_start == plan.first_point // BLOCK * BLOCK else tail_start
+        first = plan.first_point or plan.prompt_tokens
+        point = first if tail_start == first // BLOCK * BLOCK else tail_start
         keys, values = [], []
         for layer in range(pool.num_layers):
             pages = [
@@ -131,16 +155,43 @@ def recover(arena: Arena, keys: Tensor, values: Tensor) -> list[list[list[int]]]
     return kept
 
 
-def check(answer: Answer, arenas: list[Arena], tolerance: float = SAME) -> float:
+def propagated(prompt: list[int], layer: int, count: int, window: int) -> list[int]:
+    """Positions that go on above `layer`, by FastKV's rule: attention of the last queries,
+    max-pool 7, summed over all heads."""
+    n = len(prompt)
+    forward(prompt, causal(n))
+    queries, keys = _seen["queries"][layer][:, :, -window:], _seen["keys"][layer]
+    logits = queries @ keys[:, None].transpose(-1, -2) * keys.shape[-1] ** -0.5
+    late = torch.arange(n) > torch.arange(n - window, n)[:, None]
+    mass = logits.masked_fill(late, -torch.inf).softmax(dim=-1).sum(dim=2)[..., : n - window]
+    pooled = torch.nn.functional.max_pool1d(mass.flatten(0, 1), 7, 1, 3).sum(dim=0)
+    last = max(window, n % BLOCK)
+    order = pooled[: n - last].argsort(descending=True, stable=True)
+    best = order[: count - last].tolist()
+    return sorted(best) + list(range(n - last, n))
+
+
+def selected_masks(tokens: int, prompt_tokens: int, layer: int, kept: list[int]) -> Tensor:
+    """Causal masks in which the layers above `layer` see only `kept` of the prompt."""
+    masks = causal(tokens)
+    gone = [p for p in range(prompt_tokens) if p not in set(kept)]
+    masks[layer + 1 :, :, :, gone] = False
+    return masks | torch.eye(tokens, dtype=torch.bool)  # what nobody reads must not be NaN
+
+
+def check(
+    answer: Answer, arenas: list[Arena], tolerance: float = SAME, masks: Tensor | None = None
+) -> float:
     """Compare an answer's log-probabilities with dense attention over what was kept.
 
     A request may be preempted and compressed again: then the same tokens must be kept.
+    `masks`: what there was to attend to before anything was evicted; all, if left out.
 
     Returns:
         The largest difference met.
     """
     tokens = answer.prompt + answer.tokens
-    masks = causal(len(tokens))
+    masks = causal(len(tokens)) if masks is None else masks
     by_point: dict[int, list[list[list[int]]]] = {}
     logprobs, keys, values = forward(tokens, masks)
     for arena in arenas:

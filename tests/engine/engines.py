@@ -27,15 +27,18 @@ def engine(
     blocks: int = 1500,
     step_tokens: int = 1024,
     max_requests: int = 64,
+    model: str = DEMO_MODEL,
+    eager: bool = True,
     **options: Any,
 ) -> LLM:
     """The engine with these settings; the same one for the same settings."""
-    key = repr((kv_compress, blocks, step_tokens, max_requests, sorted(options.items())))
+    sizes = blocks, step_tokens, max_requests
+    key = repr((model, eager, kv_compress, *sizes, sorted(options.items())))
     if key not in _started:
         _started[key] = LLM(
-            model=DEMO_MODEL,
+            model=model,
             dtype="float32",
-            enforce_eager=True,
+            enforce_eager=eager,
             block_size=BLOCK,
             max_model_len=min(4096, (blocks - 1) * BLOCK),
             max_num_batched_tokens=step_tokens,

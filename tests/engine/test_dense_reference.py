@@ -28,7 +28,9 @@ from vllm_kvcompress.config import shipped_presets
 pytestmark = pytest.mark.engine
 LENGTHS = [20, 31, 32, 33, 64, 65, 320, 321, 500, 735]
 PRESET = shipped_presets()["kv-compress"]
-PRESETS = "kv-compress-paper snapkv adakv pyramidkv streaming-llm keydiff random".split()
+PRESETS = (
+    "kv-compress-paper snapkv adakv pyramidkv windowkv streaming-llm keydiff random".split()
+)
 
 
 def watched(llm, requests, preempt_every=None):
@@ -186,3 +188,25 @@ def test_samples_of_one_prompt_each_attend_to_what_they_kept():
     for answer, name in zip(said, names, strict=True):
         dense.check(answer, watch.arenas[name])
     assert_all_free(llm, initial)
+
+
+def test_layers_of_a_group_are_scored_once_and_keep_the_same_tokens():
+    llm = engine({"preset": "windowkv", "group_layers": 2, "rate": 4}, step_tokens=256)
+    requests = [(prompt(Random(9), n), greedy(8)) for n in (300, 417)]
+    policy = compressor_of(llm)._policy(compressor_of(llm)._config.settings_or_off(None))
+    scorer = type(policy.scorer)
+    with pytest.MonkeyPatch.context() as patch:
+        passes, score = [], scorer.score
+        patch.setattr(
+            scorer, "score", lambda self, obs, l: (passes.append(l), score(self, obs, l))[1]
+        )
+        results = watched(llm, requests)
+    assert passes == [0, 2, 0, 2]
+    for answer, (arena,) in results:
+        dense.check(answer, [arena])
+        n = len(answer.prompt)
+        _, keys, values = dense.forward(answer.prompt, dense.causal(n))
+        kept = dense.recover(arena, keys, values)
+        heads = [[set(positions) for positions in row] for row in kept]
+        assert all(tokens == row[0] for row in heads for tokens in row)
+        assert heads[0] == heads[1] and heads[2] == heads[3] and heads[0] != heads[2]

@@ -188,7 +188,8 @@ class Storm:
         said = min(rng.choice([1, 2, 20, 60, 150]), self.limit - len(prompt))
         extra = {}
         if climate.knobs:
-            name = rng.choice([*self.config.known_presets(), "off", None, None])
+            whole = [p.name for p in self.config.known_presets().values() if not p.propagates]
+            name = rng.choice([*whole, "off", None, None])
             extra = {"kv_compress": name} if name else {}
             if name != "off":
                 extra |= rng.choice(
@@ -617,7 +618,9 @@ def make_scheduler(climate: Climate):
         enable_prefix_caching=climate.prefix_caching,
         skip_tokenizer_init=True,
         scheduling_policy="priority" if climate.priority else "fcfs",
-        additional_config={"kv_compress": climate.kv_compress or {"rate": 4}},
+        additional_config={
+            "kv_compress": {"tsp_max_inflight_tokens": 0, **(climate.kv_compress or {"rate": 4})}
+        },
     )
     config = args.create_engine_config()
     config.scheduler_config.async_scheduling = climate.asynchronous

@@ -11,11 +11,13 @@ from vllm_kvcompress.policy import build
 from vllm_kvcompress.policy.allocators import (
     AdaptiveAllocator,
     GlobalAllocator,
+    GroupPyramidAllocator,
     PyramidAllocator,
     UniformAllocator,
 )
 from vllm_kvcompress.policy.attention import AttentionScorer
 from vllm_kvcompress.policy.scorers import KeyDiffScorer, PositionScorer, RandomScorer
+from vllm_kvcompress.policy.windows import WindowScorer
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 SNAPKV = AttentionScorer(power=1, pool="avg", pool_tokens=5, group="mean", score_window=False)
@@ -26,6 +28,10 @@ METHODS = {
     "snapkv": (AttentionScorer, UniformAllocator),
     "pyramidkv": (AttentionScorer, PyramidAllocator),
     "adakv": (AttentionScorer, AdaptiveAllocator),
+    "fastkv": (AttentionScorer, UniformAllocator),
+    "fastkv-constant": (AttentionScorer, UniformAllocator),
+    "tsp": (AttentionScorer, UniformAllocator),
+    "windowkv": (WindowScorer, GroupPyramidAllocator),
     "keydiff": (KeyDiffScorer, UniformAllocator),
     "streaming-llm": (PositionScorer, UniformAllocator),
     "random": (RandomScorer, UniformAllocator),

@@ -100,7 +100,7 @@ def test_help_shows_one_more_group(parser) -> None:
     assert added == {"--kv-compress", "--kv-compress-config"}
     FlexibleArgumentParser._search_keyword = "kv-compress"
     try:
-        shown = " ".join(ours.format_help().split())
+        shown = " ".join(ours.format_help().split()).replace("- ", "-")  # broken at hyphens
     finally:
         FlexibleArgumentParser._search_keyword = None
     assert "--kv-compress [PRESET|FILE.yaml]" in shown and "vllm serve MODEL" in shown

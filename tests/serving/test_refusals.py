@@ -6,6 +6,8 @@ import pytest
 from vllm.config import KVTransferConfig
 from vllm.engine.arg_utils import EngineArgs
 
+from vllm_kvcompress.config import EngineConfig
+from vllm_kvcompress.engine.propagation_limits import with_tsp_capacity
 from vllm_kvcompress.engine.refusals import (
     AFTER,
     BEFORE,
@@ -187,3 +189,62 @@ def test_the_same_arguments_can_be_configured_twice() -> None:
     first, second = args.create_engine_config(), args.create_engine_config()
     assert first.compute_hash() == second.compute_hash()
     assert first.cache_config.block_size == 32
+
+
+def test_group_layers_that_do_not_divide_the_model_are_refused() -> None:
+    args = engine_args(
+        additional_config={"kv_compress": {"preset": "windowkv", "group_layers": 3}}
+    )
+    with pytest.raises(StartupError, match="group_layers=3 does not divide the model's 4 layers"):
+        args.create_engine_config()
+
+
+def tsp_args(**settings) -> EngineArgs:
+    return engine_args(additional_config={"kv_compress": settings})
+
+
+def test_room_for_hidden_states_is_the_context_length_unless_said() -> None:
+    for given, expected in ({}, 4096), ({"tsp_max_inflight_tokens": 9000}, 9000):
+        made = tsp_args(preset="fastkv", **given).create_engine_config()
+        assert made.additional_config["kv_compress"]["tsp_max_inflight_tokens"] == expected
+    made = tsp_args(tsp_max_inflight_tokens=0).create_engine_config()
+    assert made.additional_config["kv_compress"]["tsp_max_inflight_tokens"] == 0
+
+
+@pytest.mark.parametrize(
+    ("settings", "says"),
+    [
+        ({"preset": "fastkv", "tsp_layer": 3}, "tsp_layer=3 leaves no layer above it"),
+        ({"preset": "fastkv", "tsp_rate": 0.0}, "tsp_rate: .*greater than 0"),
+        ({"preset": "fastkv", "tsp_max_inflight_tokens": 100}, "give at least 4096"),
+        ({"preset": "fastkv", "tsp_max_inflight_tokens": 0}, "needs room for hidden states"),
+    ],
+)
+def test_bad_settings_of_propagation_are_one_line(settings, says) -> None:
+    with pytest.raises(StartupError, match=says) as caught:
+        tsp_args(**settings).create_engine_config()
+    assert "\n" not in str(caught.value)
+
+
+def test_models_whose_layers_are_not_known_are_refused_by_name() -> None:
+    def of(architecture: str, lora=None) -> Bag:
+        model = {
+            "architectures": [architecture],
+            "max_model_len": 512,
+            "get_total_num_hidden_layers": lambda: 8,
+        }
+        return Bag(model_config=Bag(**model), lora_config=lora)
+
+    plain, fastkv = EngineConfig(), EngineConfig(preset="fastkv")
+    for known in ("LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM"):
+        assert with_tsp_capacity(fastkv, of(known)).tsp_max_inflight_tokens == 512
+    for unknown, lora in (("GPT2LMHeadModel", None), ("LlamaForCausalLM", object())):
+        assert with_tsp_capacity(plain, of(unknown, lora)).tsp_max_inflight_tokens == 0
+        name = "LoRA" if lora else unknown
+        with pytest.raises(StartupError, match=f"'fastkv'.* does not work with {name}"):
+            with_tsp_capacity(fastkv, of(unknown, lora))
+    without = with_tsp_capacity(plain, of("GPT2LMHeadModel"))
+    assert set(plain.asked_presets()) == {"kv-compress"}, "others must not keep it from starting"
+    with pytest.raises(ValueError, match="'tsp' propagates selected tokens, which this server"):
+        without.request_settings({"kv_compress": "tsp"}, 512)
+    assert without.settings_or_off({"kv_compress": "tsp"}) is None

@@ -217,6 +217,12 @@ BAD = {
         "exclude each other",
     ),
     "unknown knob": ('{"kv_compress_ratio": 8}', "kv_compress_ratio", "known: kv_compress,"),
+    "unknown task": (
+        '{"kv_compress": "windowkv", "kv_compress_task": "qa"}',
+        "kv_compress_task",
+        "localization, aggregation, auto",
+    ),
+    "task of a preset without": ('{"kv_compress_task": "auto"}', "kv_compress_task", "windowkv"),
     "knob of 100 KB": (f'{{"kv_compress_{NOVEL}": 8}}', "kv_compress_x", "100012 characters"),
 }
 
@@ -237,6 +243,34 @@ def test_a_bad_knob_is_a_400(server, xargs, key, says) -> None:
             assert response.status_code == 400, response.text[:500]
             message = response.json()["error"]["message"]
             assert key in message and says in message and len(message) < 600
+
+
+def test_requests_choose_among_all_presets_of_one_server(client) -> None:
+    asked = [
+        {"kv_compress": "fastkv"},
+        {"kv_compress": "tsp"},
+        {"kv_compress": "windowkv", "kv_compress_task": "localization"},
+        {"kv_compress": "windowkv"},
+        {"kv_compress": "fastkv-constant"},
+        {"kv_compress": "snapkv"},
+    ]
+    for xargs in asked:
+        said = chat(client, tokens=600, **xargs)
+        assert said.choices[0].message.content is not None
+
+
+def test_prompt_logprobs_of_a_propagated_prompt_are_a_400(client) -> None:
+    def ask(preset):
+        return client.completions.create(
+            model="demo",
+            prompt="The code of",
+            max_tokens=1,
+            extra_body={"prompt_logprobs": 0, "vllm_xargs": {"kv_compress": preset}},
+        )
+
+    with pytest.raises(openai.BadRequestError, match="prompt_logprobs=0 is not allowed"):
+        ask("tsp")
+    assert ask("snapkv").choices
 
 
 @pytest.mark.parametrize("value", [None, {"a": 1}])

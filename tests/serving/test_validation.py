@@ -33,6 +33,7 @@ def test_good_knobs_and_those_of_others_pass_on_to_vllm() -> None:
         {"kv_compress": "off"},
         {"kv_compress": "snapkv", "kv_compress_rate": 1024},
         {"kv_compress_budget": 4096.0},
+        {"kv_compress": "windowkv", "kv_compress_task": "auto"},
     ]
     for xargs in good:
         check(SamplingParams(extra_args=xargs))
@@ -49,6 +50,7 @@ def test_good_knobs_and_those_of_others_pass_on_to_vllm() -> None:
         ({"kv_compress_rate": True}, "bad_rate"),
         ({"kv_compress_budget": 4097}, "bad_budget"),
         ({"kv_compress_rate": 2, "kv_compress_budget": 9}, "rate_and_budget"),
+        ({"kv_compress_task": "summary"}, "bad_task"),
         ({"kv_compress_" + "x" * 100_000: 1}, "unknown_knob"),
     ],
 )
@@ -63,6 +65,16 @@ def test_a_bad_knob_is_a_400_and_a_value_error_and_is_counted(xargs, reason) -> 
     assert seen == [] and check.refusals == {reason: 1}
     counted = refusals_counter().labels(check._model_name, reason)
     assert counted._value.get() == 1 and PREFIX.startswith("vllm:")
+
+
+def test_prompt_logprobs_and_propagation_exclude_each_other() -> None:
+    seen = []
+    check = check_of({"preset": "fastkv"}, then=seen.append, name="prompt-logprobs")
+    check(SamplingParams(prompt_logprobs=1, extra_args={"kv_compress": "snapkv"}))
+    check(SamplingParams(logprobs=1))
+    with pytest.raises(VLLMValidationError, match=r"prompt_logprobs=0 is not allowed.*'fastkv'"):
+        check(SamplingParams(prompt_logprobs=0))
+    assert len(seen) == 2 and check.refusals == {"tsp_prompt_logprobs": 1}
 
 
 def test_a_beam_search_takes_no_knobs() -> None:

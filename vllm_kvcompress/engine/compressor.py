@@ -18,15 +18,20 @@ from vllm_kvcompress import accounting
 from vllm_kvcompress.accounting import Plan, Settings
 from vllm_kvcompress.config import EngineConfig
 from vllm_kvcompress.engine.batch import HeadBatch
+from vllm_kvcompress.engine.candidates import Candidates, SelectedCandidates
 from vllm_kvcompress.engine.windows import Capture, QueryWindow
 from vllm_kvcompress.paging.pool import PagePool
 from vllm_kvcompress.paging.tables import PageTables
 from vllm_kvcompress.policy.observation import Observation
 from vllm_kvcompress.policy.policy import Policy
+from vllm_kvcompress.policy.propagators import select_positions
 from vllm_kvcompress.policy.registry import build
 
 BlockIds = Callable[[str], list[int]]
 """Natural block ids of a request, as the model runner knows them."""
+
+Span = tuple[int, int]
+"""A step's part of a request: its first token and how many."""
 
 
 @dataclass(slots=True)
@@ -35,26 +40,20 @@ class _Request:
     settings: Settings
     window: QueryWindow | None = None
     positions: Tensor | None = None  # int64 [K*L*H*B] of the arena's tokens, if compressed again
+    selected: Tensor | None = None  # int64 [m] positions that the deep layers have seen
 
 
 @dataclass(frozen=True, slots=True)
 class _Due:
-    request_id: str
-    point: int
-    arena_blocks: Tensor  # int64 [K]
+    """A request whose prompt is complete, or whose next compression point is reached.
 
-
-@dataclass(frozen=True, slots=True)
-class _Candidates:
-    """What a compression chooses from, per layer and head.
-
-    pages: int64 `[L, H, P]`; positions: int64 `[n]` or `[L, H, P*B]`.
-    valid: bool `[L, H, P*B]`, or None when all candidates are.
+    arena_blocks: int64 `[K]`; None where the deep layers hold less than the others and nothing
+        is evicted.
     """
 
-    pages: Tensor
-    positions: Tensor
-    valid: Tensor | None
+    request_id: str
+    point: int
+    arena_blocks: Tensor | None
 
 
 class Compressor:
@@ -63,18 +62,27 @@ class Compressor:
     Args:
         pool: the worker's pages.
         scale: the model's softmax scale.
+        mean_over_ranks: averages a tensor over the tensor-parallel ranks.
     """
 
-    def __init__(self, config: EngineConfig, pool: PagePool, scale: float) -> None:
+    def __init__(
+        self,
+        config: EngineConfig,
+        pool: PagePool,
+        scale: float,
+        mean_over_ranks: Callable[[Tensor], Tensor] = lambda own: own,
+    ) -> None:
         self.pool = pool
         self.tables = PageTables(pool)
         self.seconds: list[float] = []
         self._config = config
         self._scale = scale
-        self._policies: dict[str, Policy] = {}
+        self._mean_over_ranks = mean_over_ranks
+        self._policies: dict[tuple[str, str | None], Policy] = {}
         self._requests: dict[str, _Request] = {}
         self._due: list[_Due] = []
-        self._passing: dict[str, tuple[int, int]] = {}  # step's (first token, count) per window
+        self._passing: dict[str, Span] = {}  # of windows
+        self.propagating: dict[str, Span] = {}  # of prompts with token-selective propagation
         self._in_step = False
 
     # Before the runner sees the step
@@ -89,6 +97,7 @@ class Compressor:
         self._in_step = True
         self._due.clear()
         self._passing.clear()
+        self.propagating.clear()
         for new in step.scheduled_new_reqs:
             self._enter(new)
             if new.req_id in self._requests:
@@ -119,39 +128,78 @@ class Compressor:
         )
         pool = self.pool
         plan = accounting.plan(prompt_tokens, pool.page_tokens, pool.num_blocks, settings)
-        if plan.first_point is not None:
+        if plan.first_point is not None or plan.tsp_tokens is not None:
             self._requests[new.req_id] = _Request(plan, settings)
 
     def _reset(self, request_id: str) -> None:
         """A preempted request holds nothing: it will be computed and compressed again."""
         self.tables.remove(request_id)
         if request := self._requests.get(request_id):
-            request.window = request.positions = None
+            request.window = request.positions = request.selected = None
 
     def _schedule(self, request_id: str, first: int, count: int, blocks: list[int]) -> list[int]:
         """Note what this step means for a request; returns its natural new blocks."""
         request = self._requests[request_id]
-        point = request.plan.next_point(first)
+        point = request.plan.next_stop(first)
         if point is None:
             return blocks
+        propagates = request.plan.tsp_tokens is not None and point == request.plan.prompt_tokens
+        if propagates:
+            self.propagating[request_id] = (first, count)
         last_point = request.plan.last_point(first) or 0
         window_start = max(last_point, point - request.settings.window_tokens)
-        if first + count > window_start and self._policy(request.settings).scorer.needs_queries:
+        asks = propagates or self._policy(request.settings).scorer.needs_queries
+        if first + count > window_start and asks:
             if request.window is None:
                 layers = self.pool.num_layers
                 request.window = QueryWindow(layers, window_start, point)
             self._passing[request_id] = (first, count)
         if first + count < point:
             return blocks
+        if not request.plan.is_point(point):
+            self._due.append(_Due(request_id, point, None))
+            return blocks
         arena = request.plan.arena_blocks
         self._due.append(_Due(request_id, point, torch.tensor(blocks[-arena:])))
         return blocks[:-arena]
 
+    # Token-selective propagation, while the step's forward pass runs
+
+    def plan_of(self, request_id: str) -> Plan:
+        return self._requests[request_id].plan
+
+    def window_of(self, request_id: str) -> QueryWindow:
+        window = self._requests[request_id].window
+        assert window is not None
+        return window
+
+    def tsp_layer(self, request_id: str) -> int:
+        """The last layer at which a request in `propagating` sees all of its prompt."""
+        preset = self._config.known_presets()[self._requests[request_id].settings.preset]
+        return preset.last_full_layer(self.pool.num_layers)
+
+    def select(self, request_id: str, natural: list[int]) -> Tensor:
+        """Positions that go on above `tsp_layer`, int64 `[m]`, once its last chunk is there."""
+        request, pool = self._requests[request_id], self.pool
+        n, selected = request.plan.prompt_tokens, request.plan.tsp_tokens
+        propagator, window = self._policy(request.settings).propagator, request.window
+        assert selected is not None and propagator is not None and window is not None
+        layer = self.tsp_layer(request_id)
+        blocks = torch.tensor(natural[: accounting.ceil_div(n, pool.page_tokens)])
+        everything = Candidates(pool.page_ids(blocks), torch.arange(n), None)
+        obs = self._observe(everything.of_layer(layer), layer, window, keys=True, values=True)
+        saliency = self._mean_over_ranks(propagator.saliency(obs, layer))
+        last = max(n % pool.page_tokens, len(window.positions()))
+        request.selected = select_positions(saliency, selected, min(last, selected))
+        return request.selected
+
     def _policy(self, settings: Settings) -> Policy:
-        policy = self._policies.get(settings.preset)
+        key = settings.preset, settings.task
+        policy = self._policies.get(key)
         if policy is None:
-            policy = build(self._config.known_presets()[settings.preset])
-            self._policies[settings.preset] = policy
+            preset = self._config.known_presets()[settings.preset].for_task(settings.task)
+            policy = build(preset, self.pool.num_layers)
+            self._policies[key] = policy
         return policy
 
     # While the runner prepares and runs the step
@@ -202,39 +250,58 @@ class Compressor:
         self._in_step = False
         for due in self._due:
             began = time.perf_counter()
-            self._compress(due, block_ids(due.request_id))
+            if due.arena_blocks is None:
+                self._hold(due, block_ids(due.request_id))
+            else:
+                self._compress(due, due.arena_blocks, block_ids(due.request_id))
             self.seconds.append(time.perf_counter() - began)
         self._due.clear()
 
-    def _compress(self, due: _Due, natural: list[int]) -> None:
+    def _hold(self, due: _Due, natural: list[int]) -> None:
+        """Let attention read what each layer holds of a prompt, in the pages where it is."""
+        request, pool = self._requests[due.request_id], self.pool
+        assert request.selected is not None
+        full = due.point // pool.page_tokens
+        pages = pool.page_ids(torch.tensor(natural[:full]))
+        counts = torch.full(pages.shape[:2], full)
+        counts[self.tsp_layer(due.request_id) + 1 :] = len(request.selected) // pool.page_tokens
+        held = torch.arange(full) < counts[..., None]
+        self.tables.put(due.request_id, counts, pages[held], full * pool.page_tokens)
+        request.window = request.selected = None
+
+    def _compress(self, due: _Due, arena_blocks: Tensor, natural: list[int]) -> None:
         request = self._requests[due.request_id]
         settings, pool = request.settings, self.pool
         full_tokens = request.plan.tail_start_block(due.point) * pool.page_tokens
         candidates = self._candidates(due, request, natural)
         policy = self._policy(settings)
-        scores = self._score(policy, due, request, candidates)
+        scores = self._score(policy, request, candidates)
         if candidates.valid is None:
             scores = scores[..., :full_tokens]
         sinks, recent = accounting.protected_tokens(due.point, pool.page_tokens, settings)
-        total_pages = len(due.arena_blocks) * pool.pages_per_block
-        kept = policy.keep(
-            scores, total_pages, pool.page_tokens, sinks, recent, candidates.valid
-        )
+        total_pages = len(arena_blocks) * pool.pages_per_block
+        kept = policy.keep(scores, total_pages, pool.page_tokens, sinks, recent, candidates.valid)
         lanes, tokens = kept.indices // scores.shape[-1], kept.indices % scores.shape[-1]
         pages = candidates.pages.flatten(0, 1)[lanes, tokens // pool.page_tokens]
-        targets = pool.block_pages(due.arena_blocks)
+        targets = pool.block_pages(arena_blocks)
         pool.copy_tokens(pages * pool.page_tokens + tokens % pool.page_tokens, targets)
         if request.plan.slack_blocks is not None:
             where = candidates.positions
             request.positions = where[tokens] if where.dim() == 1 else where.flatten()[kept.indices]
         self.tables.put(due.request_id, kept.pages, targets, full_tokens)
-        request.window = None
+        request.window = request.selected = None
 
-    def _candidates(self, due: _Due, request: _Request, natural: list[int]) -> _Candidates:
+    def _candidates(self, due: _Due, request: _Request, natural: list[int]) -> Candidates:
         pool = self.pool
         blocks = torch.tensor(natural[: accounting.ceil_div(due.point, pool.page_tokens)])
+        if request.selected is not None:
+            layer = self.tsp_layer(due.request_id)
+            pages = pool.page_ids(blocks)
+            return SelectedCandidates.of(
+                pages, pool.page_tokens, due.point, request.selected, layer
+            )
         if self.tables.slot(due.request_id) is None:
-            return _Candidates(pool.page_ids(blocks), torch.arange(due.point), None)
+            return Candidates(pool.page_ids(blocks), torch.arange(due.point), None)
         assert request.plan.slack_blocks is not None and request.positions is not None
         tail_blocks = request.plan.slack_blocks
         tail = pool.page_ids(blocks[-tail_blocks:])
@@ -248,34 +315,44 @@ class Compressor:
         tail_tokens = tail_blocks * pool.page_tokens
         positions = due.point - tail_tokens + column - kept_tokens
         positions.masked_scatter_(column < kept_tokens, request.positions)
-        return _Candidates(pages, positions, column < kept_tokens + tail_tokens)
+        return Candidates(pages, positions, column < kept_tokens + tail_tokens)
 
-    def _score(
-        self, policy: Policy, due: _Due, request: _Request, candidates: _Candidates
-    ) -> Tensor:
-        """f32 `[L, H, n]` of all candidates, the partly filled block's tokens included."""
+    def _score(self, policy: Policy, request: _Request, candidates: Candidates) -> Tensor:
+        """f32 `[L, H, n]` of all candidates."""
         pool, scorer = self.pool, policy.scorer
-        heads, size = pool.num_heads, pool.head_size
-        tokens = candidates.positions.shape[-1]
-        nothing = torch.empty(heads, tokens, 0)
-        none_asked = torch.empty(0, heads, 1, size)
-        scores = torch.empty(pool.num_layers, heads, tokens)
-        window, shared = request.window, candidates.positions.dim() == 1
+        scores = torch.zeros(pool.num_layers, pool.num_heads, candidates.tokens)
         for layer in range(pool.num_layers):
-            pages = candidates.pages[layer]
-            scores[layer] = scorer.score(
-                Observation(
-                    queries=window.layer(layer, heads) if window else none_asked,
-                    query_positions=window.positions() if window else torch.empty(0),
-                    keys=pool.keys(pages)[:, :tokens] if scorer.needs_keys else nothing,
-                    values=pool.values(pages)[:, :tokens] if scorer.needs_values else nothing,
-                    positions=candidates.positions if shared else candidates.positions[layer],
-                    valid=None if candidates.valid is None else candidates.valid[layer],
-                    scale=self._scale,
-                ),
-                layer,
-            )
-        return scores
+            if (leader := policy.leader(layer)) != layer:
+                scores[layer] = candidates.passed_on(scores[leader], leader, layer)
+                continue
+            own = candidates.of_layer(layer)
+            obs = self._observe(own, layer, request.window, scorer.needs_keys, scorer.needs_values)
+            found = scorer.score(obs, layer)[:, : candidates.tokens]
+            scores[layer, :, : found.shape[-1]] = found
+        return self._mean_over_ranks(scores) if scorer.shared_by_heads else scores
+
+    def _observe(
+        self,
+        candidates: Candidates,
+        layer: int,
+        window: QueryWindow | None,
+        keys: bool,
+        values: bool,
+    ) -> Observation:
+        """One layer of a request as scorers see it; what they do not need is left empty."""
+        pool = self.pool
+        heads, tokens = pool.num_heads, candidates.positions.shape[-1]
+        nothing = torch.empty(heads, tokens, 0)
+        none_asked = torch.empty(0, heads, 1, pool.head_size)
+        return Observation(
+            queries=window.layer(layer, heads) if window else none_asked,
+            query_positions=window.positions() if window else torch.empty(0),
+            keys=pool.keys(candidates.pages)[:, :tokens] if keys else nothing,
+            values=pool.values(candidates.pages)[:, :tokens] if values else nothing,
+            positions=candidates.positions,
+            valid=candidates.valid,
+            scale=self._scale,
+        )
 
     def check_integrity(self) -> None:
         """Raise unless every compressed request is known and no page is read by two heads."""

@@ -16,6 +16,7 @@ from vllm.v1.request import Request, RequestStatus
 from vllm_kvcompress import accounting
 from vllm_kvcompress.accounting import Plan, Settings
 from vllm_kvcompress.config import OFF, EngineConfig, parse_engine_config
+from vllm_kvcompress.engine.prompt_tasks import PromptTasks
 from vllm_kvcompress.engine.stats import STATS_KEY, RequestRecord, Totals, WorkerStats
 from vllm_kvcompress.paging.manager import PerHeadManager, manager_of
 
@@ -28,6 +29,8 @@ class _PerHead(Scheduler):
         self.per_head: PerHeadManager = manager_of(self.kv_cache_manager)
         self.totals = Totals(pages_per_block=_pages_per_block(self.kv_cache_config))
         self._planned: dict[str, tuple[Plan, Settings | None]] = {}
+        self.per_head.tsp_max_inflight_tokens = self.kv_compress.tsp_max_inflight_tokens or 0
+        self._tasks = PromptTasks(self.vllm_config.model_config)
 
     def add_request(self, request: Request) -> None:
         if request.request_id not in self.requests:
@@ -48,11 +51,12 @@ class _PerHead(Scheduler):
             return None
         if request.resumable:  # its prompt grows between chunks; workers read the same knob
             params.extra_args = {**(params.extra_args or {}), "kv_compress": OFF}
+        elif self.kv_compress.wants_task(params.extra_args):
+            task = self._tasks.of(request.prompt_token_ids)
+            params.extra_args = {**(params.extra_args or {}), "kv_compress_task": task}
         return self.kv_compress.settings_or_off(params.extra_args)
 
-    def _get_local_prefix_cache_hit(
-        self, request: Request
-    ) -> tuple[KVCacheBlocks, int, int, bool]:
+    def _get_local_prefix_cache_hit(self, request: Request) -> tuple[KVCacheBlocks, int, int, bool]:
         blocks, hit_tokens, boundary, diverged = super()._get_local_prefix_cache_hit(request)
         plan, settings = self._planned[request.request_id]
         limit = plan.hit_limit_tokens(settings.window_tokens) if settings else None
@@ -64,7 +68,7 @@ class _PerHead(Scheduler):
     def _reserve_prefill_lookahead(
         self, request: Request, num_computed_tokens: int, num_new_tokens: int
     ) -> int:
-        """End a chunk at the next compression point, so that what follows sees the kept pages.
+        """End a chunk where what follows must see the kept pages, or the propagated tokens.
 
         While a compression is in flight its sources are held: until they are free, only a single
         token goes on, and no further compression starts.
@@ -76,7 +80,9 @@ class _PerHead(Scheduler):
         waits = self.per_head.is_compressing(request.request_id, processed)
         if waits:
             num_new_tokens = min(num_new_tokens, 1)
-        point = self.per_head.next_point(request.request_id)
+        if not self.per_head.has_room_to_propagate(request.request_id):
+            return 0
+        point = self._planned[request.request_id][0].next_stop(num_computed_tokens)
         if point is None or num_computed_tokens + num_new_tokens < point:
             return num_new_tokens
         return point - num_computed_tokens - waits
@@ -116,9 +122,7 @@ class _PerHead(Scheduler):
         """Raise unless blocks and plans add up; see `PerHeadManager.check_integrity`."""
         self.per_head.check_integrity()
         if set(self._planned) != set(self.requests):
-            raise RuntimeError(
-                f"{len(self._planned)} plans for {len(self.requests)} live requests"
-            )
+            raise RuntimeError(f"{len(self._planned)} plans for {len(self.requests)} live requests")
 
 
 class KVCompressScheduler(_PerHead):

@@ -13,6 +13,7 @@ from vllm.config import VllmConfig
 from vllm.platforms import current_platform
 
 from vllm_kvcompress.config import EngineConfig, parse_engine_config
+from vllm_kvcompress.engine.propagation_limits import with_tsp_capacity
 from vllm_kvcompress.engine.refusals import (
     AFTER,
     BEFORE,
@@ -53,6 +54,9 @@ def configured(
     vllm_config = original(engine_args, *args, **kwargs)
     engine_args.worker_cls = "auto"
     refuse(AFTER, vllm_config)
+    _check_for_model(config, vllm_config)
+    config = with_tsp_capacity(config, vllm_config)
+    vllm_config.additional_config["kv_compress"] = config.to_dict()
     scheduler_config = vllm_config.scheduler_config
     scheduler_config.scheduler_cls = (
         ASYNC_SCHEDULER if scheduler_config.async_scheduling else SCHEDULER
@@ -64,7 +68,19 @@ def _checked(raw: Any) -> EngineConfig:
     try:
         config = parse_engine_config(raw)
         for preset in config.known_presets().values():
-            build(preset)
+            for variant in preset.variants():
+                build(variant)
     except ValueError as error:
         raise StartupError(" ".join(str(error).split())) from None
     return config
+
+
+def _check_for_model(config: EngineConfig, vllm_config: VllmConfig) -> None:
+    """Raise `StartupError` where a preset that was asked for does not suit the model's layers."""
+    layers = vllm_config.model_config.get_total_num_hidden_layers()
+    for preset in config.asked_presets().values():
+        try:
+            for variant in preset.variants():
+                build(variant, layers)
+        except ValueError as error:
+            raise StartupError(" ".join(str(error).split())) from None

@@ -103,6 +103,8 @@ class Totals:
             outcome = "off"
         elif aborted:
             outcome = "aborted"
+        elif plan.tsp_tokens is not None:
+            outcome = "propagated"
         else:
             outcome = "left_alone"
         self.requests[preset, outcome] += 1

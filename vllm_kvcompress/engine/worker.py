@@ -4,13 +4,17 @@ Extends vLLM's `Worker` by cooperative inheritance; a platform adds its attentio
 (`engine/cpu.py`). The model runner (V1) is read, never changed: its rows and its block ids.
 """
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 from vllm.config import get_layers_from_vllm_config
+from vllm.distributed import (
+    get_tensor_model_parallel_world_size,
+    tensor_model_parallel_all_gather,
+)
 from vllm.model_executor.layers.attention import Attention
 from vllm.v1.attention import selector
 from vllm.v1.attention.backend import AttentionBackend, AttentionLayer, CommonAttentionMetadata
@@ -19,9 +23,11 @@ from vllm.v1.core.sched.output import SchedulerOutput
 from vllm.v1.kv_cache_interface import KVCacheConfig
 from vllm.v1.outputs import KVConnectorOutput
 
-from vllm_kvcompress.config import parse_engine_config
+from vllm_kvcompress.config import EngineConfig, parse_engine_config
 from vllm_kvcompress.engine.batch import HeadBatch
 from vllm_kvcompress.engine.compressor import Compressor
+from vllm_kvcompress.engine.propagation import Propagation
+from vllm_kvcompress.engine.stash import Stash
 from vllm_kvcompress.engine.stats import WorkerStats
 from vllm_kvcompress.engine.windows import Capture
 from vllm_kvcompress.paging.pool import PageFormat, PagePool
@@ -30,9 +36,12 @@ from vllm_kvcompress.paging.pool import PageFormat, PagePool
 class StepView:
     """What a metadata builder asks: which rows of this step's batch are compressed."""
 
+    common: CommonAttentionMetadata  # of the step's whole batch
+
     def __init__(self, compressor: Compressor, runner: Any) -> None:
         self._compressor = compressor
         self._runner = runner
+        self._part: Sequence[str] | None = None  # while metadata for part of a batch is built
 
     def block_ids(self, request_id: str) -> list[int]:
         """Natural block ids of a request, arena excluded."""
@@ -40,10 +49,56 @@ class StepView:
 
     def lay_out(self, common: CommonAttentionMetadata) -> tuple[HeadBatch | None, list[Capture]]:
         """See `Compressor.lay_out`. Dummy runs have no requests and are laid out as plain."""
-        request_ids = self._runner.input_batch.req_ids[: common.num_reqs]
+        if self._part is None:
+            self.common = common
+        request_ids = self.request_ids(common)
         query_start = common.query_start_loc_cpu.numpy()
         seq_lens = common.seq_lens_cpu_upper_bound.numpy()
         return self._compressor.lay_out(request_ids, query_start, seq_lens, self.block_ids)
+
+    def request_ids(self, common: CommonAttentionMetadata) -> Sequence[str]:
+        """The batch's requests, row by row."""
+        if self._part is not None:
+            return self._part
+        return self._runner.input_batch.req_ids[: common.num_reqs]
+
+    def build(
+        self,
+        request_ids: Sequence[str],
+        counts: list[int],
+        seq_lens: Tensor,
+        block_table: Tensor,
+        slots: Tensor,
+    ) -> Any:
+        """Metadata for part of the step's batch, or for rows that are not in it.
+
+        Args:
+            request_ids: the rows' requests where they stand in the batch, else none.
+            counts: tokens of each row; seq_lens: `[R]` tokens once the step is done.
+            block_table: `[R, blocks]` natural blocks.
+            slots: `[T]` where keys and values go.
+        """
+        whole = self.common
+        starts = torch.tensor([0, *counts]).cumsum(0).to(whole.query_start_loc.dtype)
+        seq_lens = seq_lens.to(whole.seq_lens.dtype)
+        part = whole.replace(
+            query_start_loc=starts,
+            query_start_loc_cpu=starts,
+            seq_lens=seq_lens,
+            seq_lens_cpu_upper_bound=seq_lens,
+            num_reqs=len(counts),
+            num_actual_tokens=sum(counts),
+            max_query_len=max(counts),
+            block_table_tensor=block_table.to(whole.block_table_tensor.dtype).contiguous(),
+            slot_mapping=slots,
+            is_prefilling=None,
+            positions=None,
+        )
+        self._part = request_ids
+        try:
+            return self._runner.attn_groups[0][0].metadata_builders[0].build(0, part)
+        finally:
+            self._part = None
 
 
 class PerHeadWorker:
@@ -52,6 +107,7 @@ class PerHeadWorker:
     replaced_backend: ClassVar[Any]
     backend: ClassVar[type[AttentionBackend]]
     compressor: Compressor | None = None
+    propagation: Propagation | None = None
 
     def page_format(self, layer: AttentionLayer, cache: Tensor) -> PageFormat:
         """How this platform's kernels pack a page."""
@@ -70,7 +126,7 @@ class PerHeadWorker:
         first = next(iter(layers.values()))
         pool = PagePool(caches, self.page_format(first, caches[0]))
         config = parse_engine_config(vllm_config.additional_config["kv_compress"])
-        self.compressor = Compressor(config, pool, first.impl.scale)
+        self.compressor = Compressor(config, pool, first.impl.scale, _mean_over_ranks)
         self._view = StepView(self.compressor, runner)
         for layer in layers.values():
             layer.impl.bind(pool, pool.layer_of(layer.kv_cache))
@@ -79,12 +135,51 @@ class PerHeadWorker:
                 for builder in attention_group.metadata_builders:
                     builder.step_view = self._view
 
+        if config.tsp_max_inflight_tokens:
+            self.propagation = Propagation(
+                list(runner.model.model.layers),
+                self.compressor,
+                self._view,
+                Stash(*self._stash_shape(config)),
+                vllm_config.scheduler_config.max_num_batched_tokens,
+            )
+
+    def determine_available_memory(self) -> int:
+        """vLLM's answer less the stash of token-selective propagation.
+
+        Raises:
+            ValueError: nothing is left.
+        """
+        available = super().determine_available_memory()  # type: ignore[misc]
+        vllm_config = self.vllm_config  # type: ignore[attr-defined]
+        config = parse_engine_config(vllm_config.additional_config["kv_compress"])
+        if not config.tsp_max_inflight_tokens:
+            return available
+        stash = Stash.bytes_of(*self._stash_shape(config))
+        if stash >= available:
+            raise ValueError(
+                f"tsp_max_inflight_tokens={config.tsp_max_inflight_tokens} take {stash} bytes of "
+                f"the {available} for the KV cache: give a smaller number, or 0 for no TSP"
+            )
+        return available - stash
+
+    def _stash_shape(self, config: EngineConfig) -> tuple[int, int, torch.dtype]:
+        assert config.tsp_max_inflight_tokens is not None
+        model_config = self.vllm_config.model_config  # type: ignore[attr-defined]
+        hidden = model_config.get_hidden_size()
+        return config.tsp_max_inflight_tokens, hidden, model_config.dtype
+
     @torch.inference_mode()
     def execute_model(self, scheduler_output: SchedulerOutput) -> Any:
-        compressor = self.compressor
+        compressor, propagation = self.compressor, self.propagation
         assert compressor is not None
         compressor.begin_step(scheduler_output)
-        output = super().execute_model(scheduler_output)  # type: ignore[misc]
+        selecting: AbstractContextManager[None] = nullcontext()
+        if propagation is not None:
+            propagation.begin_step(scheduler_output)
+            selecting = propagation.around_step(self.model_runner)  # type: ignore[attr-defined]
+        with selecting:
+            output = super().execute_model(scheduler_output)  # type: ignore[misc]
         compressor.finish_step(self._view.block_ids)
         if compressor.seconds:
             self._send_seconds(compressor)
@@ -101,6 +196,14 @@ class PerHeadWorker:
         """For `collective_rpc`: raise where the worker's page tables do not add up."""
         assert self.compressor is not None
         self.compressor.check_integrity()
+
+
+def _mean_over_ranks(own: Tensor) -> Tensor:
+    """The mean of the tensor-parallel ranks' tensors, to the bit the same on every rank."""
+    ranks = get_tensor_model_parallel_world_size()
+    if ranks == 1:
+        return own
+    return tensor_model_parallel_all_gather(own[None], dim=0).mean(dim=0)
 
 
 @contextmanager

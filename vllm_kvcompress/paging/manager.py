@@ -35,6 +35,7 @@ class Compression:
     arenas: newest last; the older ones are still read by steps in flight.
     in_transit: the newest arena is still at the end of `req_to_blocks`.
     settled: what the newest arena was copied from has been freed.
+    propagated: the prompt's last chunk has been scheduled since it last started.
     """
 
     plan: Plan
@@ -42,10 +43,11 @@ class Compression:
     arenas: list[Arena] = field(default_factory=list)
     in_transit: bool = False
     settled: bool = True
+    propagated: bool = False
 
     def restart(self) -> None:
         """The request holds nothing any more; if it runs again, it begins at its first point."""
-        self.arenas, self.in_transit, self.settled = [], False, True
+        self.arenas, self.in_transit, self.settled, self.propagated = [], False, True, False
         self.next_point = self.plan.first_point
 
 
@@ -60,10 +62,13 @@ class PerHeadManager(FullAttentionManager):
         self._compressions: dict[str, Compression] = {}
         self._in_transit: list[str] = []
         self.freed_blocks = 0
+        self.tsp_max_inflight_tokens = 0
+        self._inflight: dict[str, int] = {}  # prompt tokens on their way through the layers
+        self._arrived: list[str] = []
 
     def set_plan(self, request_id: str, plan: Plan) -> None:
         """Say what will happen to the blocks of a request, before any is allocated."""
-        if plan.first_point is not None:
+        if plan.first_point is not None or plan.tsp_tokens is not None:
             self._compressions[request_id] = Compression(plan, plan.first_point)
 
     def forget(self, request_id: str) -> None:
@@ -83,6 +88,16 @@ class PerHeadManager(FullAttentionManager):
             return False
         return compression.arenas[-1].point > processed_computed_tokens
 
+    def has_room_to_propagate(self, request_id: str) -> bool:
+        """Whether the hidden states of this prompt find room, or need none (any more)."""
+        compression = self._compressions.get(request_id)
+        if compression is None or compression.plan.tsp_tokens is None or compression.propagated:
+            return True
+        if request_id in self._inflight:
+            return True
+        needed = sum(self._inflight.values()) + compression.plan.prompt_tokens
+        return needed <= self.tsp_max_inflight_tokens
+
     def arenas(self, request_id: str) -> list[Arena]:
         """The request's arenas, newest last."""
         compression = self._compressions.get(request_id)
@@ -99,6 +114,9 @@ class PerHeadManager(FullAttentionManager):
             del self.req_to_blocks[request_id][-len(compression.arenas[-1].blocks) :]
             compression.in_transit = False
         self._in_transit.clear()
+        for request_id in self._arrived:
+            self._inflight.pop(request_id, None)
+        self._arrived.clear()
 
     def get_num_blocks_to_allocate(
         self,
@@ -134,6 +152,8 @@ class PerHeadManager(FullAttentionManager):
     ) -> list[KVCacheBlock]:
         blocks = super().allocate_new_blocks(request_id, num_tokens, num_tokens_main_model)
         compression = self._compressions.get(request_id)
+        if compression is not None and compression.plan.tsp_tokens is not None:
+            self._note_prompt(request_id, compression, num_tokens)
         if compression is None or num_tokens != compression.next_point:
             return blocks
         arena = Arena(num_tokens, self.block_pool.get_new_blocks(compression.plan.arena_blocks))
@@ -143,6 +163,15 @@ class PerHeadManager(FullAttentionManager):
         compression.in_transit, compression.settled = True, False
         compression.next_point = compression.plan.next_point(num_tokens)
         return blocks + arena.blocks
+
+    def _note_prompt(self, request_id: str, compression: Compression, num_tokens: int) -> None:
+        """Count a prompt from its first chunk until the step after its last."""
+        if compression.propagated:
+            return
+        self._inflight[request_id] = compression.plan.prompt_tokens
+        if num_tokens == compression.plan.prompt_tokens:
+            compression.propagated = True
+            self._arrived.append(request_id)
 
     def remove_skipped_blocks(
         self,
@@ -166,8 +195,13 @@ class PerHeadManager(FullAttentionManager):
         self.freed_blocks += self.block_pool.get_num_free_blocks() - free_before
 
     def cache_blocks(self, request: Request, num_tokens: int, *args: Any, **kwargs: Any) -> None:
-        """Publish blocks for prefix caching, but none that saw a compressed context."""
+        """Publish blocks for prefix caching, but none that saw a compressed context.
+
+        Nor any of a prompt whose deep layers hold selected tokens only.
+        """
         compression = self._compressions.get(request.request_id)
+        if compression is not None and compression.plan.tsp_tokens is not None:
+            return
         if compression is not None and compression.plan.first_point is not None:
             num_tokens = min(num_tokens, compression.plan.first_point)
         super().cache_blocks(request, num_tokens, *args, **kwargs)
@@ -181,6 +215,9 @@ class PerHeadManager(FullAttentionManager):
             blocks = blocks + arena.blocks
         if compression.in_transit:
             self._in_transit.remove(request_id)
+        self._inflight.pop(request_id, None)
+        if request_id in self._arrived:
+            self._arrived.remove(request_id)
         compression.restart()
         return blocks
 
@@ -237,5 +274,3 @@ def manager_of(kv_cache_manager: Any) -> PerHeadManager:
         kinds = ", ".join(type(manager).__name__ for manager in managers)
         raise TypeError(f"kv-compress needs one full-attention cache group, not: {kinds}")
     return managers[0]
-
-

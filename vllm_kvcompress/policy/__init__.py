@@ -1,17 +1,32 @@
 """WHAT to keep: torch only, knows nothing of vLLM. See docs/add-a-policy.md."""
 
-from vllm_kvcompress.policy import allocators, attention, scorers, selectors
-from vllm_kvcompress.policy.interfaces import Allocator, Scorer, Selector
+from vllm_kvcompress.policy import (
+    allocators,
+    attention,
+    propagators,
+    scorers,
+    selectors,
+    windows,
+)
+from vllm_kvcompress.policy.interfaces import Allocator, Propagator, Scorer, Selector
 from vllm_kvcompress.policy.observation import Observation
 from vllm_kvcompress.policy.policy import Kept, Policy
 from vllm_kvcompress.policy.registry import (
     build,
     register_allocator,
+    register_propagator,
     register_scorer,
     register_selector,
 )
 
-BUILT_IN = (allocators, attention, scorers, selectors)  # importing them registers them
+BUILT_IN = (
+    allocators,
+    attention,
+    propagators,
+    scorers,
+    selectors,
+    windows,
+)  # importing them registers them
 
 __all__ = [
     "BUILT_IN",
@@ -19,10 +34,12 @@ __all__ = [
     "Kept",
     "Observation",
     "Policy",
+    "Propagator",
     "Scorer",
     "Selector",
     "build",
     "register_allocator",
+    "register_propagator",
     "register_scorer",
     "register_selector",
 ]

@@ -56,6 +56,57 @@ class PyramidAllocator(Allocator):
         return torch.linspace(first, last, layers, dtype=torch.float64)
 
 
+@register_allocator("group-pyramid")
+@dataclass(frozen=True)
+class GroupPyramidAllocator(Allocator):
+    """Fewer pages from one group of layers to the next (WindowKV, arXiv 2503.17922).
+
+    All heads of all layers of a group get the same. With `b` tokens per head on average the last
+    group gets `b * floor_layers / beta` and the first `2b` less that.
+
+    group_layers: consecutive layers per group; it must divide the model's layers. Given by the
+        preset's own `group_layers` where left out.
+    floor_layers: the group's size as in WindowKV's released code (None), a pyramid of 2.5 : 1
+        for groups of 8; 1 as in the paper's formula, which is some 8 times steeper.
+    """
+
+    group_layers: Annotated[int, Field(ge=1)] = 1
+    beta: Annotated[int, Field(ge=1)] = 14
+    floor_layers: Annotated[int, Field(ge=1)] | None = None
+
+    def allocate(
+        self, scores: Tensor, total_pages: int, page_tokens: int, min_pages: int, max_pages: Tensor
+    ) -> Tensor:
+        layers, heads, _ = scores.shape
+        groups = layers // self.group_layers
+        lanes = layers * heads
+        if layers % self.group_layers or total_pages % (self.group_layers * heads):
+            raise ValueError(
+                f"groups of {self.group_layers} layers cannot share {total_pages} pages of "
+                f"{layers} layers and {heads} heads evenly"
+            )
+        tokens = self.group_tokens(total_pages * page_tokens // lanes, groups)
+        least_of_group = max_pages.view(groups, -1).amin(dim=-1).cpu()
+        per_head = apportion(
+            torch.tensor(tokens, dtype=torch.float64),
+            total_pages * groups // lanes,
+            torch.full((groups,), min_pages),
+            least_of_group,
+        )
+        pages = per_head.repeat_interleave(self.group_layers * heads)
+        return pages.view_as(max_pages).to(max_pages.device)
+
+    def group_tokens(self, mean_tokens: int, groups: int) -> list[int]:
+        """Tokens per head of each group before rounding to pages, as the released code has them."""
+        if groups == 1:
+            return [mean_tokens]
+        last = mean_tokens * (self.floor_layers or self.group_layers) // self.beta
+        last = min(last, mean_tokens)
+        first = 2 * mean_tokens - last
+        step = (first - last) // (groups - 1)
+        return [first - i * step for i in range(groups - 1)] + [last]
+
+
 @register_allocator("adaptive")
 @dataclass(frozen=True)
 class AdaptiveAllocator(Allocator):

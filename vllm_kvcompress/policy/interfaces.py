@@ -1,6 +1,6 @@
-"""The three parts of a policy: who scores, who allocates, who selects.
+"""The parts of a policy: who scores, who allocates, who selects, who propagates.
 
-L layers, H KV heads of this rank, n candidates, B tokens per page. All three are pure: the
+L layers, H KV heads of this rank, n candidates, B tokens per page. All are pure: the
 answer for a request depends on its own tensors only, never on what else is in the batch.
 """
 
@@ -16,11 +16,15 @@ class Scorer(ABC):
     """Says how much each candidate is worth.
 
     A scorer that sets a `needs_*` to False spares the engine from keeping that tensor aside.
+    One that sets `shared_by_heads` gives all heads of a layer the same scores, means over heads;
+    under tensor parallelism they are averaged over the ranks. Its candidates must be the same
+    for all heads (`Observation.positions` is `[n]`), so it cannot judge a second time.
     """
 
     needs_queries: ClassVar[bool] = True
     needs_keys: ClassVar[bool] = True
     needs_values: ClassVar[bool] = True
+    shared_by_heads: ClassVar[bool] = False
 
     @abstractmethod
     def score(self, obs: Observation, layer: int) -> Tensor:
@@ -55,4 +59,16 @@ class Selector(ABC):
 
         So they are grouped by (layer, head) and sorted by position inside a head, and each head
         has exactly `pages[l, h] * B` of them. Takes `scores` as `Allocator.allocate` does.
+        """
+
+
+class Propagator(ABC):
+    """Says how much each token of a prompt matters to the layers above `tsp_layer`."""
+
+    @abstractmethod
+    def saliency(self, obs: Observation, layer: int) -> Tensor:
+        """f32 `[n]`, higher = propagate; summed over this rank's heads.
+
+        The candidates are all tokens of the prompt. Under tensor parallelism the ranks' answers
+        are averaged, so that all select the same tokens.
         """

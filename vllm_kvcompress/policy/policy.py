@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from vllm_kvcompress.accounting import ceil_div
-from vllm_kvcompress.policy.interfaces import Allocator, Scorer, Selector
+from vllm_kvcompress.policy.interfaces import Allocator, Propagator, Scorer, Selector
 
 # Scores beyond it are cut, so that the sum of a page stays finite.
 MAX_SCORE = 1e30
@@ -26,11 +26,23 @@ class Kept:
 
 @dataclass(frozen=True)
 class Policy:
-    """Who scores, who allocates, who selects."""
+    """Who scores, who allocates, who selects.
+
+    propagator: says which tokens of a prompt go on above `tsp_layer`; None: all of them.
+    group_layers: how many consecutive layers share one scoring: the first of them, the leader,
+        is scored, the others take its scores. With an allocator that gives the layers of a
+        group the same pages, they keep the same tokens.
+    """
 
     scorer: Scorer
     allocator: Allocator
     selector: Selector
+    propagator: Propagator | None = None
+    group_layers: int = 1
+
+    def leader(self, layer: int) -> int:
+        """The layer whose scores `layer` takes."""
+        return layer - layer % self.group_layers
 
     def keep(
         self,

@@ -14,7 +14,7 @@ from typing import Any, TypeVar, get_type_hints
 from pydantic import ConfigDict, ValidationError, create_model
 
 from vllm_kvcompress.config import Component, Preset, first_problem, shorten
-from vllm_kvcompress.policy.interfaces import Allocator, Scorer, Selector
+from vllm_kvcompress.policy.interfaces import Allocator, Propagator, Scorer, Selector
 from vllm_kvcompress.policy.policy import Policy
 
 ENTRY_POINT_GROUP = "vllm_kvcompress.policies"
@@ -22,10 +22,12 @@ ENTRY_POINT_GROUP = "vllm_kvcompress.policies"
 S = TypeVar("S", bound=Callable[..., Scorer])
 A = TypeVar("A", bound=Callable[..., Allocator])
 K = TypeVar("K", bound=Callable[..., Selector])
+P = TypeVar("P", bound=Callable[..., Propagator])
 
 _scorers: dict[str, Callable[..., Scorer]] = {}
 _allocators: dict[str, Callable[..., Allocator]] = {}
 _selectors: dict[str, Callable[..., Selector]] = {}
+_propagators: dict[str, Callable[..., Propagator]] = {}
 
 
 def register_scorer(name: str) -> Callable[[S], S]:
@@ -43,18 +45,38 @@ def register_selector(name: str) -> Callable[[K], K]:
     return lambda make: _register("selector", _selectors, name, make)
 
 
-def build(preset: Preset) -> Policy:
-    """Make the policy that a preset names.
+def register_propagator(name: str) -> Callable[[P], P]:
+    """Decorate a class, or a function that makes a `Propagator`, to give it a name."""
+    return lambda make: _register("propagator", _propagators, name, make)
+
+
+def build(preset: Preset, layers: int | None = None) -> Policy:
+    """Make the policy that a preset names, for a model of `layers` layers.
+
+    Without `layers` only what does not depend on the model is checked.
 
     Raises:
         ValueError: a component is unknown, or a parameter of it is unknown, missing or out of
             range; one line that says which and what is allowed.
     """
     _load_third_parties()
+    group_layers = preset.layers_per_group(layers) if layers is not None else 1
+    if layers is not None and preset.propagates:
+        preset.last_full_layer(layers)
+    scorer = _make("scorer", _scorers, preset.scorer)
+    if scorer.shared_by_heads and preset.continual:
+        raise ValueError(
+            f"scorer {preset.scorer.name!r} shares its scores among heads, which keep different "
+            "tokens once they are compressed again: leave out `continual`"
+        )
     return Policy(
-        scorer=_make("scorer", _scorers, preset.scorer),
-        allocator=_make("allocator", _allocators, preset.allocator),
+        scorer=scorer,
+        allocator=_make("allocator", _allocators, preset.allocator, group_layers=group_layers),
         selector=_make("selector", _selectors, preset.selector),
+        propagator=(
+            _make("propagator", _propagators, preset.propagator) if preset.propagates else None
+        ),
+        group_layers=group_layers,
     )
 
 
@@ -64,7 +86,10 @@ def _register(kind: str, known: dict[str, Any], name: str, make: Any) -> Any:
     return make
 
 
-def _make(kind: str, known: dict[str, Callable[..., Any]], component: Component) -> Any:
+def _make(
+    kind: str, known: dict[str, Callable[..., Any]], component: Component, **offered: Any
+) -> Any:
+    """Make a component from its parameters, and from what is `offered` if it takes it."""
     if component.name not in known:
         names = ", ".join(sorted(known))
         raise ValueError(f"unknown {kind} {shorten(component.name)}; known: {names}")
@@ -77,7 +102,8 @@ def _make(kind: str, known: dict[str, Callable[..., Any]], component: Component)
         raise ValueError(f"{where} has no parameter {shorten(unknown[0])}; known: {allowed}")
     try:
         _check_types(make, params)
-        return make(**params)
+        taken = {name: value for name, value in offered.items() if name in signature}
+        return make(**{**taken, **params})
     except ValidationError as error:
         raise ValueError(f"{where}: {first_problem(error)}") from None
     except (TypeError, ValueError) as error:

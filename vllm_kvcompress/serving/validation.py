@@ -7,6 +7,7 @@ from typing import Any
 from vllm.config import VllmConfig
 from vllm.exceptions import VLLMValidationError
 
+from vllm_kvcompress.accounting import Settings
 from vllm_kvcompress.config import (
     REQUEST_KEYS,
     REQUEST_PREFIX,
@@ -43,12 +44,26 @@ class RequestCheck:
     def __call__(self, params: Any) -> None:
         """Raise `RefusedKnob` naming the key, the value and what is allowed."""
         try:
-            self._config.request_settings(params.extra_args, self._max_tokens)
+            settings = self._config.request_settings(params.extra_args, self._max_tokens)
+            _refuse_prompt_logprobs(params, settings)
         except KnobError as error:
             self.refusals[error.reason] += 1
             refusals_counter().labels(self._model_name, error.reason).inc()
             raise RefusedKnob(str(error), parameter=error.knob[:PARAMETER_CHARACTERS]) from None
         self._then(params)
+
+
+def _refuse_prompt_logprobs(params: Any, settings: Settings | None) -> None:
+    if settings is None or params.prompt_logprobs is None:
+        return
+    if settings.tsp_rate is not None or settings.tsp_tokens is not None:
+        raise KnobError(
+            "prompt_logprobs",
+            "tsp_prompt_logprobs",
+            f"prompt_logprobs={params.prompt_logprobs} is not allowed with preset "
+            f"{settings.preset!r}, whose deep layers see only selected tokens of the prompt: "
+            "leave it out, or take another preset",
+        )
 
 
 def refuse_knobs_of_beam_search(xargs: Mapping[str, Any] | None) -> None:

@@ -1,0 +1,370 @@
+"""Token-selective propagation says what a dense model says whose deep layers see the selected.
+
+The reference is transformers' model in float64 (`dense.py`), which selects for itself.
+"""
+
+import json
+import os
+import subprocess
+import sys
+from random import Random
+
+import pytest
+import torch
+from engine import dense
+from engine.engines import (
+    BLOCK,
+    DEMO_MODEL,
+    Answer,
+    answers,
+    ask,
+    assert_all_free,
+    assert_same_words,
+    compressor_of,
+    counted,
+    engine,
+    free_blocks,
+    greedy,
+    prompt,
+    scheduler_of,
+    steps,
+)
+from transformers import (
+    LlamaConfig,
+    LlamaForCausalLM,
+    MistralConfig,
+    MistralForCausalLM,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+)
+
+pytestmark = pytest.mark.engine
+LAYER, WINDOW = 1, 8  # of 4 layers; as published
+
+
+def propagation_of(llm):
+    executor = llm.llm_engine.engine_core.engine_core.model_executor
+    return executor.driver_worker.worker.propagation
+
+
+def selected_tokens(n, rate=0.2):
+    """How many of n tokens go on: those asked for, in whole blocks, and the tail."""
+    tail = n % BLOCK
+    return max(1, -(-(int(n * rate) - tail) // BLOCK)) * BLOCK + tail
+
+
+def watched(llm, requests, preempt_at=(), arrive_every=None):
+    """Put `(prompt, params)` pairs; each one's answer and what it held in its pages."""
+    watch, done, waiting = dense.Watch(llm), {}, list(enumerate(requests))
+
+    def arrive(count):
+        for i, (ids, params) in waiting[:count]:
+            llm.llm_engine.add_request(f"q{i}", {"prompt_token_ids": ids}, params)
+        del waiting[:count]
+
+    arrive(1 if arrive_every else len(requests))
+    for step, finished in enumerate(steps(llm, watch), start=1):
+        if step in preempt_at:
+            scheduler_of(llm).reset_prefix_cache(reset_running_requests=True)
+        if arrive_every and step % arrive_every == 0:
+            arrive(1)
+        done.update({output.request_id.split("-")[0]: output for output in finished})
+    assert not waiting
+    names = [f"q{i}" for i in range(len(requests))]
+    return list(zip(answers([done[n] for n in names]), map(watch.of, names), strict=True))
+
+
+def assert_as_dense(answer, arenas, layer=LAYER, window=WINDOW):
+    n = len(answer.prompt)
+    kept = dense.propagated(answer.prompt, layer, selected_tokens(n), window)
+    masks = dense.selected_masks(n + len(answer.tokens), n, layer, kept)
+    assert arenas, "nothing was propagated"
+    dense.check(answer, arenas, masks=masks)
+    return kept
+
+
+def assert_nothing_left(llm, initial):
+    assert_all_free(llm, initial)
+    stash = propagation_of(llm).stash
+    assert stash.free_tokens == len(stash._states)
+    assert not scheduler_of(llm).per_head._inflight
+
+
+def requests(*lengths, tokens=10, knobs=None):
+    return [(prompt(Random(n), n), greedy(tokens, knobs)) for n in lengths]
+
+
+@pytest.mark.parametrize("step_tokens", [1024, 96, 21])
+@pytest.mark.parametrize("preset", ["tsp", "fastkv"])
+def test_prompts_in_any_chunks_equal_the_dense_reference(preset, step_tokens):
+    """21 tokens a step: chunks smaller than a page, and selections that go on in slices."""
+    llm = engine({"preset": preset}, step_tokens=step_tokens)
+    initial = free_blocks(llm)
+    with counted(propagation_of(llm), "_go_on") as slices:
+        results = watched(llm, requests(100, 320, 333, 500))
+    assert len(slices) > (12 if step_tokens == 21 else 0)
+    for answer, arenas in results:
+        kept = assert_as_dense(answer, arenas)
+        n = len(answer.prompt)
+        if preset == "tsp":  # layers 0 .. t hold all, those above the selected ones
+            full = n // BLOCK * BLOCK
+            _, keys, values = dense.forward(answer.prompt, dense.causal(n))
+            early = dense.recover(
+                dense.Arena(n, full, arenas[0].keys[: LAYER + 1], arenas[0].values[: LAYER + 1]),
+                keys,
+                values,
+            )
+            assert early == [[list(range(full))] * 4] * (LAYER + 1)
+            held = [p for p in kept if p < full]
+            assert {len(k) for row in arenas[0].keys[LAYER + 1 :] for k in row} == {len(held)}
+    assert_nothing_left(llm, initial)
+
+
+def test_prompts_in_a_mixed_batch_say_what_they_say_alone():
+    """Prefills of many presets, decodes and propagated prompts in the same steps."""
+    llm = engine({"rate": 6}, step_tokens=150)
+    initial = free_blocks(llm)
+    presets = ["tsp", "off", "fastkv", "kv-compress", "tsp", "windowkv", "fastkv", "snapkv"]
+    lengths = [300, 260, 410, 333, 128, 290, 222, 350]
+    asked = [
+        (prompt(Random(n), n), greedy(24, {"kv_compress": name}))
+        for n, name in zip(lengths, presets, strict=True)
+    ]
+    together = watched(llm, asked, arrive_every=2)
+    llm.reset_prefix_cache()
+    for (got, arenas), request in zip(together, asked, strict=True):
+        ((alone, _),) = watched(llm, [request])
+        assert_same_words([got], [alone])
+        if request[1].extra_args["kv_compress"] in ("tsp", "fastkv"):
+            assert_as_dense(got, arenas)
+        elif arenas:
+            dense.check(got, arenas)
+    assert_nothing_left(llm, initial)
+
+
+def test_selecting_every_token_says_what_plain_vllm_says():
+    ids = [prompt(Random(n), n) for n in (20, 31, 32, 33, 64, 200, 333, 640)]
+    plain = ask(engine(), ids, greedy(30))
+    for step_tokens in (1024, 60):
+        llm = engine(
+            {"preset": "tsp", "tsp_rate": 1.0, "test_force_arena": True, "rate": 1},
+            step_tokens=step_tokens,
+        )
+        with counted(propagation_of(llm), "_go_on") as calls:
+            assert assert_same_words(ask(llm, ids, greedy(30)), plain) <= 1
+        assert calls
+
+
+def test_prompts_preempted_on_their_way_start_over():
+    llm = engine({"preset": "fastkv"}, blocks=60, step_tokens=48)
+    initial = free_blocks(llm)
+    with counted(scheduler_of(llm), "_preempt_request") as preempted:
+        results = watched(
+            llm, requests(300, 333, 410, 290, tokens=40), preempt_at={5, 11, 18, 26, 60}
+        )
+    assert len(preempted) >= 5
+    for answer, arenas in results:
+        assert_as_dense(answer, arenas)
+    assert_nothing_left(llm, initial)
+
+
+@pytest.mark.parametrize("preset", ["tsp", "fastkv"])
+def test_resumed_prompts_are_propagated_before_what_they_had_said(preset):
+    llm = engine({"preset": preset}, step_tokens=256)
+    initial = free_blocks(llm)
+    results = watched(llm, requests(300, 333, tokens=50), preempt_at={13, 27, 41})
+    for answer, arenas in results:
+        assert_as_dense(answer, arenas)
+    assert_nothing_left(llm, initial)
+
+
+def test_prompts_wait_until_the_hidden_states_of_others_have_gone():
+    llm = engine({"preset": "fastkv"}, blocks=28, step_tokens=64)  # a stash of 27 blocks
+    initial, manager = free_blocks(llm), scheduler_of(llm).per_head
+    room, most, waited = manager.tsp_max_inflight_tokens, 0, 0
+    assert room == 27 * BLOCK
+    for i, (ids, params) in enumerate(requests(400, 410, 420, tokens=4)):
+        llm.llm_engine.add_request(f"q{i}", {"prompt_token_ids": ids}, params)
+    for _ in steps(llm):
+        inflight = sum(manager._inflight.values())
+        most, waited = max(most, inflight), waited + bool(scheduler_of(llm).waiting)
+        assert inflight <= room
+    assert most > 400 and waited
+    assert_nothing_left(llm, initial)
+
+
+def test_propagated_prompts_are_neither_published_nor_hit():
+    llm = engine({"preset": "tsp"}, step_tokens=256)
+    llm.reset_prefix_cache()
+    ids = prompt(Random(3), 400)
+    off, tsp = greedy(4, {"kv_compress": "off"}), greedy(4)
+    assert [ask(llm, [ids], p)[0].cached_tokens for p in (tsp, tsp, off)] == [0, 0, 0]
+    assert ask(llm, [ids], off)[0].cached_tokens > 300
+    assert ask(llm, [ids], tsp)[0].cached_tokens == 0
+
+
+def test_a_question_unseen_follows_a_propagated_context():
+    """`kv_compress_question`: the context goes on selected, the question sees all layers."""
+    question = 30
+    llm = engine({"preset": "fastkv"}, step_tokens=128)
+    asked = requests(333, 410, knobs={"kv_compress_question": question})
+    for answer, arenas in watched(llm, asked):
+        n, context = len(answer.prompt), answer.prompt[:-question]
+        kept = dense.propagated(context, LAYER, selected_tokens(len(context)), WINDOW)
+        masks = dense.selected_masks(n + len(answer.tokens), len(context), LAYER, kept)
+        assert [arena.point for arena in arenas] == [len(context)]
+        dense.check(answer, arenas, masks=masks)
+
+
+def test_original_positions_matter():
+    """Positions 0 .. m-1 instead of the original ones change what is said."""
+    llm = engine({"preset": "tsp"}, step_tokens=1024)
+    (right,) = ask(llm, [prompt(Random(4), 400)], greedy(1))
+    propagation = propagation_of(llm)
+    forwards = propagation._forwards
+    propagation._forwards = [
+        lambda positions, h, r, f=forward: f(torch.arange(len(positions)), h, r)
+        for forward in forwards
+    ]
+    try:
+        (wrong,) = ask(llm, [right.prompt], greedy(1))
+    finally:
+        propagation._forwards = forwards
+    gaps = [abs(right.logprobs[0].get(t, -20) - p) for t, p in wrong.logprobs[0].items()]
+    assert max(gaps) > 0.01
+
+
+@pytest.mark.parametrize(
+    "own",
+    [
+        {"preset": "kv-compress", "tsp_rate": 0.3},
+        {"preset": "windowkv", "tsp_rate": 0.3, "group_layers": 2, "task": "aggregation"},
+        {"preset": "windowkv", "tsp_rate": 0.3, "group_layers": 4, "allocator": {"name": "global"}},
+        {"preset": "kv-compress-continual", "tsp_rate": 0.4, "continual_slack_blocks": 1},
+        {"preset": "fastkv-constant", "tsp_tokens": 100, "budget_tokens": 60, "tsp_layer": 2},
+        {"preset": "fastkv", "tsp_layer": 0},
+    ],
+    ids=lambda own: " ".join(map(str, own.values())),
+)
+def test_propagation_goes_with_any_policy(own):
+    llm = engine({"rate": 6, **own}, step_tokens=128)
+    initial = free_blocks(llm)
+    results = watched(llm, requests(300, 420, tokens=60 if "continual" in own["preset"] else 8))
+    for answer, arenas in results:
+        n, (plan, settings) = len(answer.prompt), plan_of(llm, len(answer.prompt))
+        assert plan.tsp_tokens < n
+        layer = own.get("tsp_layer", LAYER)
+        kept = selected_by(llm, answer.prompt, settings, plan.tsp_tokens, layer)
+        masks = dense.selected_masks(n + len(answer.tokens), n, layer, kept)
+        assert len(arenas) > 1 if "continual" in own["preset"] else len(arenas) == 1
+        dense.check(answer, arenas, masks=masks)
+    assert_nothing_left(llm, initial)
+
+
+def plan_of(llm, n):
+    from vllm_kvcompress import accounting
+
+    compressor = compressor_of(llm)
+    settings = compressor._config.settings_or_off(None)
+    return accounting.plan(n, BLOCK, compressor.pool.num_blocks, settings), settings
+
+
+def selected_by(llm, ids, settings, count, layer):
+    return dense.propagated(ids, layer, count, settings.window_tokens)
+
+
+@pytest.mark.timeout(600)
+def test_a_compiled_model_says_what_an_eager_one_says():
+    """Its steps without propagation stay compiled; those with are passed by."""
+    asked = [
+        (prompt(Random(n), n), greedy(16, {"kv_compress": name}))
+        for n, name in ((300, "tsp"), (260, "off"), (333, "fastkv"), (290, "kv-compress"))
+    ]
+    both = [
+        ask(engine({"preset": "fastkv"}, step_tokens=256, eager=eager), *zip(*asked, strict=True))
+        for eager in (True, False)
+    ]
+    assert assert_same_words(both[1], both[0]) <= 1
+
+
+FAMILIES = {
+    "llama": (LlamaForCausalLM, LlamaConfig, {}),
+    "mistral": (MistralForCausalLM, MistralConfig, {"sliding_window": None}),
+    "qwen2": (Qwen2ForCausalLM, Qwen2Config, {"use_sliding_window": False}),
+    "qwen3": (Qwen3ForCausalLM, Qwen3Config, {"use_sliding_window": False}),
+}
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_supported_family_equals_its_dense_reference(family, tmp_path_factory):
+    model, config, own = FAMILIES[family]
+    torch.manual_seed(0)
+    path = str(tmp_path_factory.mktemp(family))
+    shape = {"hidden_size": 128, "intermediate_size": 192, "num_hidden_layers": 5, "head_dim": 32}
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2}
+    size = {"vocab_size": 300, "max_position_embeddings": 4096, "initializer_range": 0.1}
+    model(config(**shape, **heads, **size, **own)).save_pretrained(path)
+    llm = engine({"preset": "fastkv"}, model=path, step_tokens=96, skip_tokenizer_init=True)
+    rng = Random(5)
+    asked = [
+        ([rng.randrange(300) for _ in range(n)], greedy(6, detokenize=False)) for n in (200, 333)
+    ]
+    with dense.judging(path):
+        for answer, arenas in watched(llm, asked):
+            assert_as_dense(answer, arenas, layer=1)  # 5 layers: 5 // 2 - 1
+
+
+TWO_RANKS = """
+import json, sys
+from vllm import LLM, SamplingParams
+
+if __name__ == "__main__":
+    llm = LLM(
+        model=sys.argv[1], dtype="float32", enforce_eager=True, block_size=32, max_model_len=1024,
+        max_num_batched_tokens=200, num_gpu_blocks_override=200, tensor_parallel_size=2,
+        distributed_executor_backend="mp", additional_config={"kv_compress": {"preset": "tsp"}},
+    )
+    params = [
+        SamplingParams(
+            temperature=0, max_tokens=20, ignore_eos=True, logprobs=2, extra_args=knobs
+        )
+        for ids, knobs in json.load(open(sys.argv[2]))
+    ]
+    asked = [{"prompt_token_ids": ids} for ids, _ in json.load(open(sys.argv[2]))]
+    outputs = llm.generate(asked, params, use_tqdm=False)
+    llm.collective_rpc("check_kv_compress_integrity")
+    json.dump([list(output.outputs[0].token_ids) for output in outputs], open(sys.argv[3], "w"))
+"""
+
+
+@pytest.mark.timeout(600)
+@pytest.mark.skipif((os.cpu_count() or 1) < 2, reason="two ranks want two cores")
+def test_two_tensor_parallel_ranks_select_what_one_does(tmp_path):
+    """Heads keep together what goes on; `windowkv` shares its windows among all heads too."""
+    windows = {"kv_compress": "windowkv", "kv_compress_task": "aggregation"}
+    asked = [(prompt(Random(n), n), knobs) for n, knobs in ((320, {}), (333, {}), (400, windows))]
+    script, task, told = tmp_path / "run.py", tmp_path / "asked.json", tmp_path / "told.json"
+    script.write_text(TWO_RANKS)
+    task.write_text(json.dumps(asked))
+    settings = {"VLLM_CPU_OMP_THREADS_BIND": "0|1", "VLLM_CPU_KVCACHE_SPACE": "1"}
+    done = subprocess.run(
+        [sys.executable, str(script), DEMO_MODEL, str(task), str(told)],
+        env={**os.environ, **settings},
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        timeout=500,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    alone = ask(
+        engine({"preset": "tsp"}, step_tokens=200),
+        [ids for ids, _ in asked],
+        [greedy(20, knobs) for _, knobs in asked],
+    )
+    ranks = [
+        Answer(ids, words)
+        for (ids, _), words in zip(asked, json.loads(told.read_text()), strict=True)
+    ]
+    assert assert_same_words(ranks, alone) <= 1

@@ -1,0 +1,81 @@
+"""What a compression chooses from."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class Candidates:
+    """Tokens of one request, per layer and head.
+
+    pages: int64 `[L, H, P]`; positions: int64 `[n]` or `[L, H, P*B]`.
+    valid: bool `[L, H, P*B]`, or None when all candidates are.
+    """
+
+    pages: Tensor
+    positions: Tensor
+    valid: Tensor | None
+
+    @property
+    def tokens(self) -> int:
+        return self.positions.shape[-1]
+
+    def of_layer(self, layer: int) -> "Candidates":
+        """What scorers see of one layer: the same without the dimension L."""
+        shared = self.positions.dim() == 1
+        return Candidates(
+            self.pages[layer],
+            self.positions if shared else self.positions[layer],
+            None if self.valid is None else self.valid[layer],
+        )
+
+    def passed_on(self, scores: Tensor, leader: int, layer: int) -> Tensor:
+        """Scores `[H, n]` of the leader's candidates as those of another layer's."""
+        return scores
+
+
+@dataclass(frozen=True, slots=True)
+class SelectedCandidates(Candidates):
+    """After token-selective propagation: a prompt whose deep layers hold only selected tokens.
+
+    Layers above `tsp_layer` have them densely in their first pages. The candidates are the
+    tokens of full blocks, P = floor(n / B); scorers see the partly filled block too.
+
+    tail_pages: int64 `[L, H, 1]`, or `[L, H, 0]`.
+    selected: int64 `[m]`, ascending positions.
+    """
+
+    tsp_layer: int
+    tail_pages: Tensor
+    selected: Tensor
+
+    @staticmethod
+    def of(
+        pages: Tensor, page_tokens: int, n: int, selected: Tensor, tsp_layer: int
+    ) -> "SelectedCandidates":
+        """From the natural pages `[L, H, ceil(n / B)]` of a prompt of n tokens."""
+        full = n // page_tokens
+        tokens, held = full * page_tokens, len(selected) // page_tokens * page_tokens
+        positions = torch.arange(tokens).repeat(*pages.shape[:2], 1)
+        positions[tsp_layer + 1 :, :, :held] = selected[:held]
+        valid = torch.ones_like(positions, dtype=torch.bool)
+        valid[tsp_layer + 1 :, :, held:] = False
+        return SelectedCandidates(
+            pages[..., :full], positions, valid, tsp_layer, pages[..., full:], selected
+        )
+
+    def of_layer(self, layer: int) -> Candidates:
+        pages = self.pages[layer]
+        page_tokens = self.tokens // pages.shape[-1]
+        positions = torch.arange(self.tokens + len(self.selected) % page_tokens)
+        if layer > self.tsp_layer:
+            positions = self.selected
+            pages = pages[:, : len(positions) // page_tokens]
+        return Candidates(torch.cat([pages, self.tail_pages[layer]], dim=-1), positions, None)
+
+    def passed_on(self, scores: Tensor, leader: int, layer: int) -> Tensor:
+        if leader <= self.tsp_layer < layer:
+            return scores.gather(-1, self.positions[layer])
+        return scores

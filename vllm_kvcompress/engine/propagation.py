@@ -1,0 +1,272 @@
+"""Token-selective propagation: layers above `tsp_layer` see only the selected tokens of a prompt.
+
+    step       layers 0 .. t                       layers t+1 .. L-1
+    chunk      all its tokens; hidden states       nothing
+               go to the stash
+    last chunk the same                            the selected tokens, from the stash, in slices
+    others     as ever                             as ever, in a batch of their own
+
+Around a step with such prompts the deep layers' `forward` is replaced; everything else of the
+model and of the runner stays. Deep layers fill their first natural pages densely and put the
+prompt's tail where it belongs, so that later tokens are written where vLLM expects them.
+"""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+from vllm.forward_context import get_forward_context
+from vllm.v1.attention.backend import CommonAttentionMetadata
+from vllm.v1.core.sched.output import SchedulerOutput
+
+from vllm_kvcompress.engine.compressor import Compressor, Span
+from vllm_kvcompress.engine.stash import Stash
+from vllm_kvcompress.engine.windows import Capture
+
+Forward = Callable[..., tuple[Tensor, Tensor]]
+
+
+@dataclass(frozen=True, slots=True)
+class Rows:
+    """Part of a step's batch: which tokens, and the metadata their attention wants."""
+
+    tokens: Tensor  # int64 [T'], rows of the hidden states
+    metadata: Any
+    slots: Tensor  # where their keys and values go
+
+
+@dataclass(frozen=True, slots=True)
+class _Slice:
+    """Selected tokens `begin .. end` of one request, as the deep layers count them."""
+
+    request_id: str
+    begin: int
+    end: int
+
+
+class Propagation:
+    """The deep layers of one worker's model.
+
+    Args:
+        layers: the model's decoder layers; their `forward` takes (positions, hidden_states,
+            residual) and returns the latter two, and residual may be None.
+        view: the step's batch and the metadata builder's input (`engine/worker.py`).
+        slice_tokens: most selected tokens that go through the deep layers at once.
+    """
+
+    def __init__(
+        self, layers: list[Any], compressor: Compressor, view: Any, stash: Stash, slice_tokens: int
+    ) -> None:
+        self.stash = stash
+        self._layers = layers
+        self._names = [layer.self_attn.attn.layer_name for layer in layers]
+        self._forwards: list[Forward] = [layer.forward for layer in layers]
+        self._compressor = compressor
+        self._view = view
+        self._slice_tokens = slice_tokens
+        self._rest: Rows | None = None  # once rows have left the batch; None: all are in it
+
+    def begin_step(self, step: SchedulerOutput) -> None:
+        """Drop the hidden states of requests that ended or were preempted."""
+        for request_id in (*step.finished_req_ids, *(step.preempted_req_ids or ())):
+            self.stash.release(request_id)
+        for request_id in step.scheduled_cached_reqs.resumed_req_ids:
+            self.stash.release(request_id)
+
+    @contextmanager
+    def around_step(self, runner: Any) -> Iterator[None]:
+        """Replace the deep layers while a step with prompts in `propagating` runs.
+
+        The model's compiled form, which has all layers in it, is passed by.
+        """
+        prompts = self._compressor.propagating
+        if not prompts:
+            yield
+            return
+        first = 1 + min(map(self._compressor.tsp_layer, prompts))
+        self._rest = None
+        runner._model_forward = partial(_uncompiled, runner._model_forward)
+        for layer in range(first, len(self._layers)):
+            self._layers[layer].forward = partial(self._deep_forward, layer)
+        try:
+            yield
+        finally:
+            for layer in range(first, len(self._layers)):
+                del self._layers[layer].forward
+            del runner._model_forward
+            self._rest = None
+
+    def _deep_forward(
+        self,
+        layer: int,
+        positions: Tensor,
+        hidden_states: Tensor,
+        residual: Tensor,
+        **options: Any,
+    ) -> tuple[Tensor, Tensor]:
+        """A deep layer on what is still in the batch; the other rows keep what they hold.
+
+        `options`: what a model gives all its layers besides; handed on as it is.
+        """
+        leaving = {
+            request_id: span
+            for request_id, span in self._compressor.propagating.items()
+            if self._compressor.tsp_layer(request_id) == layer - 1
+        }
+        if leaving:
+            self._leave(layer, leaving, hidden_states, residual, options)
+        rest, forward = self._rest, self._forwards[layer]
+        if rest is None:
+            return forward(positions, hidden_states, residual, **options)
+        if len(rest.tokens):
+            self._attend_as(layer, rest)
+            hidden_states[rest.tokens], residual[rest.tokens] = forward(
+                positions[rest.tokens],
+                hidden_states[rest.tokens],
+                residual[rest.tokens],
+                **options,
+            )
+        return hidden_states, residual
+
+    def _leave(
+        self,
+        layer: int,
+        leaving: dict[str, Span],
+        hidden_states: Tensor,
+        residual: Tensor,
+        options: dict[str, Any],
+    ) -> None:
+        """Take prompts out of the batch before `layer`; those that are complete go on selected."""
+        common: CommonAttentionMetadata = self._view.common
+        starts = common.query_start_loc_cpu.tolist()
+        last_rows: dict[str, int] = {}
+        for row, request_id in enumerate(self._view.request_ids(common)):
+            if (span := leaving.get(request_id)) is None:
+                continue
+            tokens = slice(starts[row], starts[row + 1])
+            n = self._compressor.plan_of(request_id).prompt_tokens
+            states = hidden_states[tokens] + residual[tokens]
+            self.stash.put(request_id, n, span[0], states)
+            if sum(span) == n:
+                last_rows[request_id] = starts[row + 1] - 1
+        self._rest = self._without_prompts_below(layer)
+        selected = {
+            request_id: self._compressor.select(request_id, self._view.block_ids(request_id))
+            for request_id in last_rows
+        }
+        for slices in self._sliced({name: len(chosen) for name, chosen in selected.items()}):
+            outputs = self._go_on(layer, slices, selected, options)
+            for part, output in zip(slices, outputs, strict=True):
+                if part.end == len(selected[part.request_id]):
+                    row = last_rows[part.request_id]
+                    hidden_states[row], residual[row] = output
+        for request_id in last_rows:
+            self.stash.release(request_id)
+
+    def _without_prompts_below(self, layer: int) -> Rows:
+        """The step's batch less the prompts that have left it by `layer`."""
+        common: CommonAttentionMetadata = self._view.common
+        names, gone = self._view.request_ids(common), self._compressor.propagating
+        rows = [
+            row
+            for row, name in enumerate(names)
+            if name not in gone or self._compressor.tsp_layer(name) >= layer
+        ]
+        starts = common.query_start_loc_cpu
+        spans = [torch.arange(int(starts[row]), int(starts[row + 1])) for row in rows]
+        tokens = torch.cat(spans) if spans else torch.empty(0, dtype=torch.int64)
+        slots = common.slot_mapping[tokens]
+        if not rows:
+            return Rows(tokens, None, slots)
+        metadata = self._view.build(
+            [names[row] for row in rows],
+            counts=[len(span) for span in spans],
+            seq_lens=common.seq_lens[rows],
+            block_table=common.block_table_tensor[rows],
+            slots=slots,
+        )
+        return Rows(tokens, metadata, slots)
+
+    def _sliced(self, selected: dict[str, int]) -> Iterator[list[_Slice]]:
+        """All selected tokens in order, at most `slice_tokens` at a time."""
+        slices: list[_Slice] = []
+        room = self._slice_tokens
+        for request_id, count in selected.items():
+            begin = 0
+            while begin < count:
+                end = min(count, begin + room)
+                slices.append(_Slice(request_id, begin, end))
+                room -= end - begin
+                begin = end
+                if not room:
+                    yield slices
+                    slices, room = [], self._slice_tokens
+        if slices:
+            yield slices
+
+    def _go_on(
+        self,
+        layer: int,
+        slices: list[_Slice],
+        selected: dict[str, Tensor],
+        options: dict[str, Any],
+    ) -> list[tuple[Tensor, Tensor]]:
+        """Run selected tokens through `layer ..`; the last token's output of each slice."""
+        positions = torch.cat([selected[s.request_id][s.begin : s.end] for s in slices])
+        hidden_states = torch.cat(
+            [self.stash.get(s.request_id, selected[s.request_id][s.begin : s.end]) for s in slices]
+        )
+        residual: Any = None
+        rows = self._rows_of(slices, selected)
+        for deep in range(layer, len(self._layers)):
+            self._attend_as(deep, rows)
+            forward = self._forwards[deep]
+            hidden_states, residual = forward(positions, hidden_states, residual, **options)
+        ends = torch.tensor([s.end - s.begin for s in slices]).cumsum(0) - 1
+        return [(hidden_states[end], residual[end]) for end in ends]
+
+    def _rows_of(self, slices: list[_Slice], selected: dict[str, Tensor]) -> Rows:
+        page_tokens = self._compressor.pool.page_tokens
+        captures, tables, slots, start = [], [], [], 0
+        for part in slices:
+            plan = self._compressor.plan_of(part.request_id)
+            natural = torch.tensor(self._view.block_ids(part.request_id))
+            m = len(selected[part.request_id])
+            full = plan.prompt_tokens // page_tokens
+            blocks = torch.cat(
+                [natural[: m // page_tokens], natural[full : full + (m % page_tokens > 0)]]
+            )
+            token = torch.arange(part.begin, part.end)
+            slots.append(blocks[token // page_tokens] * page_tokens + token % page_tokens)
+            tables.append(blocks)
+            window = self._compressor.window_of(part.request_id)
+            window_start = m - (window.end - window.start)
+            begin = max(part.begin, window_start)
+            if (count := part.end - begin) > 0:
+                row = start + begin - part.begin
+                captures.append(Capture(window, begin - window_start, row, count))
+            start += part.end - part.begin
+        table = torch.nn.utils.rnn.pad_sequence(tables, batch_first=True)
+        metadata = self._view.build(
+            [],
+            counts=[s.end - s.begin for s in slices],
+            seq_lens=torch.tensor([s.end for s in slices]),
+            block_table=table,
+            slots=torch.cat(slots),
+        )
+        return Rows(torch.arange(start), replace(metadata, captures=captures), torch.cat(slots))
+
+    def _attend_as(self, layer: int, rows: Rows) -> None:
+        """Let one layer's attention see these rows instead of the step's."""
+        context = get_forward_context()
+        context.attn_metadata[self._names[layer]] = rows.metadata
+        context.slot_mapping[self._names[layer]] = rows.slots
+
+
+def _uncompiled(model_forward: Callable[..., Any], **inputs: Any) -> Any:
+    get_forward_context().skip_compiled = True
+    return model_forward(**inputs)

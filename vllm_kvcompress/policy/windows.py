@@ -1,0 +1,55 @@
+"""Scores of whole windows of tokens, shared by all heads: WindowKV (arXiv 2503.17922)."""
+
+from dataclasses import dataclass
+from typing import Annotated, ClassVar, Literal
+
+import torch.nn.functional as F
+from pydantic import Field
+from torch import Tensor
+
+from vllm_kvcompress.policy.attention import AttentionScorer
+from vllm_kvcompress.policy.interfaces import Scorer
+from vllm_kvcompress.policy.observation import Observation
+from vllm_kvcompress.policy.registry import register_scorer
+
+_ATTENTION = AttentionScorer(power=1, pool="none", score_window=False)
+
+
+@register_scorer("windows")
+@dataclass(frozen=True)
+class WindowScorer(Scorer):
+    """One score per review window, the same for its tokens and for every head.
+
+    The review is what stands before the observation window (the suffix); it is cut into windows
+    of `review_tokens` candidates, the last of which may be short. A token's attention is summed
+    over the suffix's queries; a window is worth, averaged over all query heads,
+
+    worth: "mean", its tokens' mean (WindowKV for aggregation tasks), or "top-half", the mean of
+        its `review_tokens // 2` largest (WindowKV for localization tasks).
+    """
+
+    needs_values: ClassVar[bool] = False
+    shared_by_heads: ClassVar[bool] = True
+
+    review_tokens: Annotated[int, Field(ge=2, le=1024)] = 8
+    worth: Literal["mean", "top-half"] = "mean"
+
+    def score(self, obs: Observation, layer: int) -> Tensor:
+        review = int((obs.positions < obs.query_positions.min()).sum())
+        mass = _ATTENTION.mass(obs)[..., :review].flatten(0, 1)  # [Hq, R]
+        worth = self.window_worth(mass).repeat_interleave(self.review_tokens)[:review]
+        return F.pad(worth, (0, obs.tokens - review)).expand(obs.heads, obs.tokens)
+
+    def window_worth(self, mass: Tensor) -> Tensor:
+        """Worth of each window: attention f32 `[Hq, R]` to f32 `[ceil(R / review_tokens)]`."""
+        size = self.review_tokens
+        short = -mass.shape[-1] % size
+        windows = F.pad(mass, (0, short)).view(len(mass), -1, size)  # [Hq, windows, size]
+        counted = size
+        if self.worth == "top-half":
+            counted = size // 2
+            windows = windows.topk(counted).values
+        worth = windows.sum(dim=-1) / counted
+        if short:
+            worth[..., -1] *= counted / min(counted, size - short)
+        return worth.mean(dim=0)
