@@ -1,4 +1,4 @@
-"""`vllm-kvcompress presets | verify`: what there is to choose, and whether it works."""
+"""`vllm-kvcompress`: its commands; those of CacheGen are in transport/commands.py."""
 
 import json
 from pathlib import Path
@@ -9,6 +9,7 @@ from rich.console import Console
 from rich.table import Table
 
 from vllm_kvcompress.config import DEFAULT_PRESET, MAX_RATE, Preset, shipped_presets
+from vllm_kvcompress.transport import commands as transport_commands
 from vllm_kvcompress.verify import CannotVerify, Report, verify_server
 
 app = typer.Typer(
@@ -20,6 +21,7 @@ app = typer.Typer(
     rich_markup_mode="markdown",
     pretty_exceptions_enable=False,
 )
+transport_commands.register(app)
 OK, NOT_COMPRESSED, CANNOT_TELL = 0, 1, 2
 
 
