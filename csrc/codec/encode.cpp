@@ -15,8 +15,21 @@ struct Encoder::Choice {
   Channel record;
   Table table;
   int64_t cost;
-  int side;  // which of the symbol buffers
+  int side;         // which of the symbol buffers
+  uint32_t counted;  // the symbols that occur, a bit each
+
+  bool escapes() const {
+    uint32_t coded = 0;
+    for (int s = 1; s < kSymbols; ++s) coded |= uint32_t(table.freq[s] > 0) << s;
+    return counted & ~coded;
+  }
 };
+
+static uint32_t occurring(const int16_t* counts) {
+  uint32_t found = 0;
+  for (int s = 0; s < kSymbols; ++s) found |= uint32_t(counts[s] > 0) << s;
+  return found;
+}
 
 void Encoder::prepare(const void* x, Shape shape, Request request, SectionHeader& header) {
   const int tokens = shape.tokens;
@@ -87,9 +100,8 @@ Encoder::Choice Encoder::adapt(const int16_t* q, int tokens, bool lossless) {
     }
   c.cost = best_cost;
   c.table = book_.tables[lossless][best].table;
-  int distinct = 0;
-  for (int s = 0; s < kSymbols; ++s) distinct += counts[s] > 0;
-  const int64_t own_cost = int64_t(4 + 2 * distinct) * 8 * kCostUnit;
+  c.counted = occurring(counts);
+  const int64_t own_cost = int64_t(4 + 2 * __builtin_popcount(c.counted)) * 8 * kCostUnit;
   if (best_cost - entropy(counts, tokens) > own_cost) {
     CostedTable own;
     uint16_t freq[kSymbols];
@@ -121,6 +133,7 @@ Encoder::Choice Encoder::follow(const int16_t* q, int tokens, const uint16_t* fr
   c.cost = k_.cost(counts, costs) + int64_t(shift) * tokens * kCostUnit;
   c.record = record;
   c.record.table = kFromProfile;
+  c.counted = occurring(counts);
   c.side = 1;
   return c;
 }
@@ -160,7 +173,7 @@ void Encoder::encode_channel(int tokens, const SectionHeader& header, const int1
   record = choice.record;
   uint8_t* symbols = symbols_[choice.side].data();
   const int16_t* biased = biased_[choice.side].data();
-  for (int t = tokens - 1; t >= 0; --t) {
+  for (int t = choice.escapes() ? tokens - 1 : -1; t >= 0; --t) {
     if (!choice.table.freq[symbols[t]]) symbols[t] = kEscape;
     if (symbols[t] == kEscape) escapes_[--escape_at_] = biased[t];
   }

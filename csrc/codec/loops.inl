@@ -299,13 +299,16 @@ void join(const int16_t* exponents, const uint16_t* raw, int tokens, int mantiss
 }
 
 void histogram(const uint8_t* symbols, int tokens, int16_t* counts) {
-  int16_t part[4][kSymbols] = {};
+  int16_t part[8][kSymbols] = {};  // neighbours are often equal: do not wait for their stores
   int t = 0;
-  for (; t + 4 <= tokens; t += 4)
-    for (int i = 0; i < 4; ++i) ++part[i][symbols[t + i]];
+  for (; t + 8 <= tokens; t += 8)
+    for (int i = 0; i < 8; ++i) ++part[i][symbols[t + i]];
   for (; t < tokens; ++t) ++part[0][symbols[t]];
-  for (int s = 0; s < kSymbols; ++s)
-    counts[s] = int16_t(part[0][s] + part[1][s] + part[2][s] + part[3][s]);
+  for (int s = 0; s < kSymbols; ++s) {
+    int16_t sum = 0;
+    for (int i = 0; i < 8; ++i) sum = int16_t(sum + part[i][s]);
+    counts[s] = sum;
+  }
 }
 
 int cost(const int16_t* counts, const int16_t* costs) {
