@@ -28,6 +28,8 @@ class _PerHead(Scheduler):
         self.per_head: PerHeadManager = manager_of(self.kv_cache_manager)
         self.totals = Totals(pages_per_block=_pages_per_block(self.kv_cache_config))
         self._planned: dict[str, tuple[Plan, Settings | None]] = {}
+        if self.connector is not None:
+            self.connector.hit_limit = self._hit_limit
 
     def add_request(self, request: Request) -> None:
         if request.request_id not in self.requests:
@@ -54,12 +56,16 @@ class _PerHead(Scheduler):
         self, request: Request
     ) -> tuple[KVCacheBlocks, int, int, bool]:
         blocks, hit_tokens, boundary, diverged = super()._get_local_prefix_cache_hit(request)
-        plan, settings = self._planned[request.request_id]
-        limit = plan.hit_limit_tokens(settings.window_tokens) if settings else None
+        limit = self._hit_limit(request)
         if limit is not None and hit_tokens > limit:
             blocks = self.kv_cache_manager.truncate_computed_blocks(blocks, limit)
             return blocks, limit, 0, diverged
         return blocks, hit_tokens, boundary, diverged
+
+    def _hit_limit(self, request: Request) -> int | None:
+        """How many tokens may come from a cache: the window's are to be computed."""
+        plan, settings = self._planned[request.request_id]
+        return plan.hit_limit_tokens(settings.window_tokens) if settings else None
 
     def _reserve_prefill_lookahead(
         self, request: Request, num_computed_tokens: int, num_new_tokens: int
@@ -133,7 +139,7 @@ def _take_worker_stats(args: tuple[Any, ...]) -> tuple[tuple[Any, ...], WorkerSt
     """Split `make_stats`' positional arguments from the timings our worker sent along."""
     for index, value in enumerate(args):
         if isinstance(value, WorkerStats):
-            return (*args[:index], None, *args[index + 1 :]), value
+            return (*args[:index], value.connector, *args[index + 1 :]), value
     return args, None
 
 
