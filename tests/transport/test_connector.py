@@ -6,6 +6,7 @@ from random import Random
 
 import pytest
 from engine.engines import BLOCK, DEMO_MODEL, ask, assert_same_words, greedy, prompt
+from engine.engines import counted as counted_calls
 
 from vllm_kvcompress.transport.keys import namespace, store_key
 from vllm_kvcompress.transport.stores import Store, StoreError
