@@ -1,8 +1,6 @@
 #if defined(__x86_64__)
-#if defined(KVC_EMULATE_AVX512)  // a build for tests, on machines without these instructions
-#define SIMDE_ENABLE_NATIVE_ALIASES
-#include <simde/x86/avx512.h>
-#include <simde/x86/fma.h>
+#if defined(KVC_EMULATE_AVX512)  // a header; a build for tests on machines without AVX-512
+#include KVC_EMULATE_AVX512
 #else
 #include <immintrin.h>
 #endif

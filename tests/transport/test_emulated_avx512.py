@@ -36,7 +36,9 @@ def emulated(tmp_path_factory):
     library = tmp_path_factory.mktemp("emulated") / "_codec.so"
     command = [
         *("g++", "-std=c++17", "-O1", "-mavx2", "-mfma", "-mbmi2", "-mpopcnt", "-fPIC", "-shared"),
-        *("-ffp-contract=off", "-fno-strict-aliasing", "-Wno-psabi", "-DKVC_EMULATE_AVX512"),
+        *("-ffp-contract=off", "-fno-strict-aliasing", "-fvisibility=hidden", "-Wno-psabi"),
+        "-DNB_DOMAIN=emulated",  # else nanobind takes its class for the installed one
+        f'-DKVC_EMULATE_AVX512="{Path(__file__).with_name("emulated_avx512.h")}"',
         *(f"-I{path}" for path in includes),
         *(ROOT / "csrc/bindings.cpp", *(ROOT / "csrc/codec").glob("*.cpp")),
         *(Path(nanobind.source_dir()) / "nb_combined.cpp", "-pthread", "-o", library),
