@@ -6,7 +6,6 @@ python benchmarks/codec_quality.py --prompts 300 --json codec-quality.json --plo
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from functools import partial
 from pathlib import Path
 from random import Random
 from typing import Annotated, Any
