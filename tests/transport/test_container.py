@@ -7,6 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from transport import samples
+from transport.fuzz_decoder import fuzz
 
 from vllm_kvcompress.transport import profile
 from vllm_kvcompress.transport.chunks import ChunkCodec, WrongProfile
@@ -215,3 +216,9 @@ def test_what_is_no_profile_is_refused(tmp_path):
         profile.Profile.load(tmp_path / "p")
     except ValueError as error:
         assert "not a profile" in str(error)
+
+
+def test_mutations_above_and_below_the_checksums_are_refused_or_harmless():
+    outcomes = fuzz(2000)
+    assert sum(outcomes.values()) == 2000
+    assert outcomes["refused"] > 1300
