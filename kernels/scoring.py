@@ -5,6 +5,7 @@ denominator, the second reduces over the queries what each key gets. What lies b
 number per (query head, key), which pooling over neighbouring keys needs.
 """
 
+import math
 from dataclasses import dataclass
 from typing import Literal
 
@@ -26,12 +27,18 @@ class WindowScore:
 
     power: Literal[1, 2] = 2
     queries: Literal["sum", "max"] = "sum"
+    half_life_tokens: float | None = None
     pool: Literal["max", "avg", "none"] = "max"
     pool_tokens: int = 7
     pool_side: Literal["both", "later"] = "both"
     group: Literal["sum", "mean", "max"] = "sum"
     exclude_tokens: int = 0
     score_window: bool = True
+
+    def fade(self, query_positions: Tensor) -> Tensor:
+        """f32 `[w]`, minus the logarithm of what each query counts."""
+        age = (query_positions[-1] - query_positions).float()
+        return age * (math.log(2) / self.half_life_tokens if self.half_life_tokens else 0.0)
 
     @property
     def reach(self) -> tuple[int, int]:
@@ -91,7 +98,7 @@ def score_window(
     mass = queries.new_empty((heads, group, tokens), dtype=torch.float32)
     _reduce_queries[(heads, triton.cdiv(tokens, block_tokens))](
         *inputs,
-        denominators.logsumexp(dim=1),
+        denominators.logsumexp(dim=1) + rule.fade(query_positions).repeat(group),
         mass,
         *strides,
         *numbers,
@@ -149,6 +156,7 @@ def score_window_reference(
     near = query_positions[:, None] - positions[:, None] < rule.exclude_tokens
     if rule.exclude_tokens:
         attention.masked_fill_(near[:, None], 0.0)
+    attention *= torch.exp(-rule.fade(query_positions).double())[:, None]
     powers = attention**rule.power
     mass = powers.amax(dim=2) if rule.queries == "max" else powers.sum(dim=2)
     if not rule.score_window:

@@ -23,6 +23,7 @@ RULES = PRESETS | {
     "later average": WindowScore(pool="avg", pool_side="later", pool_tokens=6),
     "even later max": WindowScore(pool_side="later", pool_tokens=4, group="mean", queries="max"),
     "wide": WindowScore(pool_tokens=201),
+    "fading": WindowScore(half_life_tokens=1.5, power=1, group="max"),
 }
 
 

@@ -44,7 +44,7 @@ def test_build_makes_what_the_preset_names() -> None:
         ),
         (
             preset({"name": "attention", "kernel": 5}),
-            "scorer 'attention' has no parameter 'kernel'; known: power, queries, pool",
+            "scorer 'attention' has no parameter 'kernel'; known: power, queries, half_life_tokens, pool",
         ),
         (preset({"name": "position", "seed": 1}), "scorer 'position' has no .* known: none"),
         (preset({"name": "attention", "power": 3}), "scorer 'attention': power: .*1 or 2"),

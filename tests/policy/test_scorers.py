@@ -44,6 +44,7 @@ def slow_attention_score(obs: Observation, scorer: AttentionScorer) -> np.ndarra
             mass = [0.0] * n
             for i in range(window):
                 at = int(obs.query_positions[i])
+                age, half_life = int(obs.query_positions[-1]) - at, scorer.half_life_tokens or 1e9
                 seen = [
                     j
                     for j in range(n)
@@ -53,7 +54,8 @@ def slow_attention_score(obs: Observation, scorer: AttentionScorer) -> np.ndarra
                 total = sum(math.exp(x) for x in logit.values())
                 for j in seen:
                     if at - positions[j] >= scorer.exclude_tokens:
-                        paid = (math.exp(logit[j]) / total) ** scorer.power
+                        fade = 0.5 ** (age / half_life)
+                        paid = (fade * math.exp(logit[j]) / total) ** scorer.power
                         mass[j] = mass[j] + paid if scorer.queries == "sum" else max(mass[j], paid)
             if not scorer.score_window:
                 first = int(obs.query_positions.min())
@@ -73,6 +75,8 @@ def slow_attention_score(obs: Observation, scorer: AttentionScorer) -> np.ndarra
     [
         AttentionScorer(),
         AttentionScorer(power=1, pool="none", group="max"),
+        AttentionScorer(queries="max", half_life_tokens=2.5),
+        AttentionScorer(power=1, half_life_tokens=8, exclude_tokens=2),
         AttentionScorer(pool_tokens=6, pool_side="later"),
         AttentionScorer(pool="avg", pool_tokens=4, pool_side="later", exclude_tokens=3),
         AttentionScorer(power=1, exclude_tokens=2),
