@@ -14,8 +14,10 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
+from vllm_kvcompress.bench.engine import MODEL
 from vllm_kvcompress.bench.table import Table
 
+SCRIPT = "vllm-kvcompress"
 PACKAGES = ("vllm-kvcompress", "vllm", "torch", "numpy")
 
 
@@ -127,7 +129,7 @@ def write_report(
     report = {
         "bench": bench,
         "title": title,
-        "command": shlex.join(["python", *sys.orig_argv[1:]]),
+        "command": command_line(sys.orig_argv),
         "machine": machine_facts(threads),
         "parameters": {key: _plain(value) for key, value in parameters.items()},
         "tables": [asdict(table) for table in tables],
@@ -142,8 +144,20 @@ def write_report(
         raise SystemExit(f"cannot write {path}: {error.strerror}") from None
 
 
+def command_line(arguments: Sequence[str]) -> str:
+    """What to type to get this again; `arguments` begin with the interpreter."""
+    script = Path(arguments[1]).name if len(arguments) > 1 else ""
+    words = [script, *arguments[2:]] if script == SCRIPT else ["python", *arguments[1:]]
+    return shlex.join(words)
+
+
+def model_name(model: str | Path) -> str:
+    """The shipped model by name, any other as it was given."""
+    return "demo model" if str(model) == str(MODEL) else str(model)
+
+
 def _plain(value: Any) -> Any:
-    return str(value) if isinstance(value, Path) else value
+    return model_name(value) if isinstance(value, str | Path) else value
 
 
 def _version(name: str) -> str | None:

@@ -15,7 +15,7 @@ from rich.console import Console
 from tqdm import tqdm
 
 from vllm_kvcompress.bench.engine import BLOCK_TOKENS, MODEL, EngineSpec
-from vllm_kvcompress.bench.harness import write_report
+from vllm_kvcompress.bench.harness import model_name, write_report
 from vllm_kvcompress.bench.options import ListCommand
 from vllm_kvcompress.bench.peers.spec import PeerSpec
 from vllm_kvcompress.bench.quality import judge, plots, show
@@ -333,7 +333,7 @@ def main(
             )
             todo = phases(options, server, longest)
             subject = {
-                "model": model if not url else f"{server.model} at {url}",
+                "model": model_name(model) if not url else f"{server.model} at {url}",
                 "dtype": dtype,
                 "block_tokens": options.block_tokens,
             }

@@ -5,6 +5,7 @@ import pytest
 from vllm_kvcompress.bench.harness import (
     Summary,
     Verdict,
+    command_line,
     cpu_model,
     paired_ratio,
     write_report,
@@ -59,6 +60,15 @@ def test_an_option_takes_several_values_in_a_row():
         "4",
     ]
     assert repeat_options(given, ["--rates"]) == expected
+
+
+def test_a_command_is_told_as_it_is_typed_again():
+    installed = ["/usr/bin/python3", "/home/ann/.venv/bin/vllm-kvcompress", "bench", "quality"]
+    assert command_line([*installed, "--peer", "a(b)"]) == (
+        "vllm-kvcompress bench quality --peer 'a(b)'"
+    )
+    module = ["/usr/bin/python3", "-m", "vllm_kvcompress.bench.overhead"]
+    assert command_line(module) == "python -m vllm_kvcompress.bench.overhead"
 
 
 def test_the_report_names_command_machine_and_parameters(tmp_path):
