@@ -41,7 +41,9 @@ def presets(
         plain = [preset.model_dump(mode="json") for preset in shipped.values()]
         typer.echo(json.dumps(plain, indent=2))
         return
-    table = Table("preset", "what it is", "rate", "window", "scorer", "allocator")
+    table = Table()
+    for column in ("preset", "what it is", "rate", "window", "scorer", "allocator"):
+        table.add_column(column, no_wrap=column == "preset")
     for preset in shipped.values():
         table.add_row(*_row(preset))
     Console().print(table)
