@@ -9,8 +9,7 @@ import signal
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict
-from types import TracebackType
-from typing import Self
+from typing import Any, Self
 
 from vllm_kvcompress.bench.engine import (
     Cache,
@@ -61,14 +60,9 @@ class Child(LineProcess):
         self.send_signal(signal.SIGSTOP)
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *raised: Any) -> None:
         self.send_signal(signal.SIGCONT)
-        super().__exit__(kind, error, trace)
+        super().__exit__(*raised)
 
     def run(self, work: Workload, trace: bool = False) -> Round:
         self.send_signal(signal.SIGCONT)

@@ -6,7 +6,6 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Mapping, Sequence
-from types import TracebackType
 from typing import Any, Self, TextIO
 
 GOODBYE_S = 20.0
@@ -56,16 +55,11 @@ class LineProcess:
         )
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *raised: Any) -> None:
         assert self._process.stdin is not None and self._process.stdout is not None
         try:
             self._process.stdin.close()
-            self._process.wait(timeout=0 if error else GOODBYE_S)
+            self._process.wait(timeout=0 if any(raised) else GOODBYE_S)
         except (BrokenPipeError, subprocess.TimeoutExpired):
             self._process.kill()
             self._process.wait()

@@ -10,8 +10,7 @@ import tempfile
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
-from types import TracebackType
-from typing import Self
+from typing import Any, Self
 
 import httpx
 
@@ -101,12 +100,7 @@ class VllmServer:
         self.pause()
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *raised: Any) -> None:
         self._end()
 
     def pause(self) -> None:

@@ -3,7 +3,6 @@
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from types import TracebackType
 from typing import Any, Self
 
 from vllm_kvcompress.bench.peers.errors import PeerError
@@ -102,13 +101,8 @@ class KVPress:
         self.device = ready["device"]
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self._process.__exit__(kind, error, trace)
+    def __exit__(self, *raised: Any) -> None:
+        self._process.__exit__(*raised)
 
     def check(self, spec: PeerSpec) -> None:
         """Make the press once.

@@ -2,8 +2,7 @@
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from types import TracebackType
-from typing import Protocol, Self
+from typing import Any, Protocol, Self
 
 from vllm_kvcompress import accounting
 from vllm_kvcompress.config import OFF, Preset
@@ -63,12 +62,7 @@ class Answerer(Protocol):
 
     def __enter__(self) -> Self: ...
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None: ...
+    def __exit__(self, *raised: Any) -> None: ...
 
     def answers(self, asks: Sequence[Ask]) -> Iterator[Answer]:
         """One answer an ask, in their order.

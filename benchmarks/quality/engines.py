@@ -4,8 +4,7 @@ import json
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict
-from types import TracebackType
-from typing import Self
+from typing import Any, Self
 
 from vllm_kvcompress.bench.engine import EngineSpec, environment
 from vllm_kvcompress.bench.process import LineProcess, ProcessEnded
@@ -47,13 +46,8 @@ class Engine:
             raise
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self._process.__exit__(kind, error, trace)
+    def __exit__(self, *raised: Any) -> None:
+        self._process.__exit__(*raised)
 
     def answers(self, asks: Sequence[Ask]) -> Iterator[Answer]:
         for start in range(0, len(asks), self._at_once):

@@ -1,8 +1,7 @@
 """Ask kvpress, as an `Answerer`."""
 
 from collections.abc import Iterator, Sequence
-from types import TracebackType
-from typing import Self
+from typing import Any, Self
 
 from vllm_kvcompress.bench.peers.errors import PeerError
 from vllm_kvcompress.bench.peers.kvpress import KVPress, PeerAsk
@@ -33,13 +32,8 @@ class Peer:
             raise BenchError(str(error)) from None
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self._press.__exit__(kind, error, trace)
+    def __exit__(self, *raised: Any) -> None:
+        self._press.__exit__(*raised)
 
     def answers(self, asks: Sequence[Ask]) -> Iterator[Answer]:
         wanted = (

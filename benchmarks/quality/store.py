@@ -6,7 +6,6 @@ from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
-from types import TracebackType
 from typing import Any, Self
 
 from vllm_kvcompress.bench.quality.ask import BenchError
@@ -41,12 +40,7 @@ class Store:
             self._write(self._subject)
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *raised: Any) -> None:
         with suppress(OSError):  # said when it was written
             self._file.close()
 
