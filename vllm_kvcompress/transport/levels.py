@@ -30,7 +30,7 @@ class Step(NamedTuple):
     v: float
 
 
-STEPS = {1: Step(0.4, 0.8), 2: Step(0.16, 0.35), 3: Step(0.1, 0.2)}
+STEPS = {1: Step(0.2, 0.5), 2: Step(0.07, 0.3), 3: Step(0.05, 0.15)}
 
 # Bins of the released code's three levels: (first layer beyond, bins) for K and for V.
 PUBLISHED_BINS = {
