@@ -30,7 +30,8 @@ install: $(INSTALLED)
 # An __init__.py stands here because a new top-level package is a new line in the package map.
 $(INSTALLED): pyproject.toml setup.py requirements/cpu.lock requirements/dev.lock \
 		tools/install.py tools/quiet_pip.py tools/vllm_metadata.py \
-		$(wildcard benchmarks/__init__.py configs/__init__.py kernels/__init__.py)
+		$(wildcard benchmarks/__init__.py configs/__init__.py kernels/__init__.py) \
+		$(wildcard csrc/*.cpp csrc/codec/*)
 	@test -n "$(PYTHON)" || { echo "Python 3.11 to 3.14 is needed: make PYTHON=/path/to/python3.12"; exit 1; }
 	@$(PYTHON) tools/install.py --venv $(VENV)
 	@touch $@

@@ -75,17 +75,20 @@ class Codec {
 
   std::string isa() const { return kernels_->name; }
 
-  nb::tuple encode(Values values, int dtype, In<uint8_t, 1> quantisers, In<float, 1> parameters,
+  nb::tuple encode(Values values, int dtype, In<uint8_t, 1> quantisers, In<float, 2> parameters,
                    bool relative, Profile frequencies, Records channels, int threads) const {
     const size_t sections = values.shape(0);
     const Shape shape =
         checked_shape(values.shape(1), values.shape(2), dtype, values.itemsize());
+    const size_t heads = parameters.shape(1);
     require(quantisers.shape(0) == sections && parameters.shape(0) == sections,
-            "one quantiser and one parameter per section");
+            "one quantiser and one row of parameters per section");
+    require(heads >= 1 && shape.channels % heads == 0, "heads must divide the channels");
     for (size_t i = 0; i < sections; ++i) {
       require(quantisers(i) <= 2, "a quantiser is 0 (fixed step), 1 (per token) or 2 (lossless)");
-      const float p = parameters(i);
-      require(quantisers(i) != 0 || (p > 0 && p < 1e30f), "a step must be positive");
+      const float p = parameters(i, 0);
+      for (size_t h = 0; h < heads && quantisers(i) == 0; ++h)
+        require(parameters(i, h) > 0 && parameters(i, h) < 1e30f, "a step must be positive");
       require(quantisers(i) != 1 || (p >= 1 && p <= kReach && p == float(int(p))),
               "half the bins must be 1 to 15");
     }
@@ -101,7 +104,7 @@ class Codec {
       spread(sections, threads, [&] {
         return [&, encoder = Encoder(*kernels_, *book_)](size_t i) mutable {
           encoder.encode(x + i * size, shape,
-                         {Quantiser(quantisers(i)), parameters(i), relative},
+                         {Quantiser(quantisers(i)), &parameters(i, 0), int(heads), relative},
                          profile_of(frequencies, channels, i, shape), parts[i],
                          (Channel*)records + i * shape.channels);
         };

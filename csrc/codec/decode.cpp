@@ -119,16 +119,27 @@ const char* Decoder::decode(const uint8_t* data, size_t size, Shape s, ProfileSe
     if (!all.take(2 * size_t(__builtin_popcount(present)))) return "section cut short";
   }
   own.end = all.at;
-  step_.assign(row, header.step);
-  if (Quantiser(header.quantiser) == Quantiser::per_token) {
+  by_token_.assign(row, 1);
+  by_channel_.assign((s.channels + 31) & ~31, 1);
+  if (Quantiser(header.quantiser) == Quantiser::fixed_step) {
+    if (!header.divisor || s.channels % header.divisor) return "impossible number of heads";
+    const int size = s.channels / header.divisor;
+    for (int head = 0; head < header.divisor; ++head) {
+      float step;
+      const uint8_t* stored = all.take(sizeof step);
+      if (!stored) return "section cut short";
+      std::memcpy(&step, stored, sizeof step);
+      std::fill_n(by_channel_.begin() + head * size, size, step);
+    }
+  } else if (Quantiser(header.quantiser) == Quantiser::per_token) {
     const size_t width = dtype_bytes(s.dtype);
     const uint8_t* scales = all.take(s.tokens * width);
     if (!scales) return "section cut short";
-    if (!header.half || header.half > kReach) return "impossible number of bins";
+    if (!header.divisor || header.divisor > kReach) return "impossible number of bins";
     for (int t = 0; t < s.tokens; ++t) {
       uint32_t bits = 0;
       std::memcpy(&bits, scales + t * width, width);
-      step_[t] = as_float(bits, s.dtype) / header.half;
+      by_token_[t] = as_float(bits, s.dtype) / header.divisor;
     }
   }
   if (all.end - all.at >= 8) return "bytes left over";
@@ -188,7 +199,8 @@ const char* Decoder::decode(const uint8_t* data, size_t size, Shape s, ProfileSe
     if (lossless)
       k_.write_halves(corner, s.dtype, s.tokens, s.channels, count, q_.data(), lower_.data(), row);
     else
-      k_.dequantise(corner, s.dtype, s.tokens, s.channels, count, step_.data(), q_.data(), row);
+      k_.dequantise(corner, s.dtype, s.tokens, s.channels, count, by_token_.data(),
+                    by_channel_.data() + first, q_.data(), row);
   }
   if (rans.in != rans.end || escapes.at != escapes.end || raw.at != raw.end ||
       own_tables != header.own_tables)

@@ -36,24 +36,30 @@ void Encoder::prepare(const void* x, Shape shape, Request request, SectionHeader
   const size_t row = shape.channels * dtype_bytes(shape.dtype);
   header.quantiser = uint8_t(request.quantiser);
   scales_.clear();
-  inverse_.assign(padded(tokens), 0);
+  by_token_.assign(padded(tokens), 1);
+  by_channel_.assign(padded(shape.channels), 1);
   if (request.quantiser == Quantiser::fixed_step) {
-    float step = request.parameter;
-    if (request.relative) {
-      const size_t n = size_t(tokens) * shape.channels;
-      const double mean = k_.sum_squares(x, shape.dtype, n) / double(n);
-      step = float(request.parameter * __builtin_sqrt(mean));
+    header.divisor = uint16_t(request.heads);
+    const int size = shape.channels / request.heads;
+    for (int head = 0; head < request.heads; ++head) {
+      float step = request.parameters[head];
+      if (request.relative) {
+        double sum = 0;
+        const char* part = (const char*)x + head * size * dtype_bytes(shape.dtype);
+        for (int t = 0; t < tokens; ++t) sum += k_.sum_squares(part + t * row, shape.dtype, size);
+        step = float(step * __builtin_sqrt(sum / (double(size) * tokens)));
+      }
+      if (!(step > 0)) step = 1;
+      std::fill_n(by_channel_.begin() + head * size, size, 1 / step);
+      scales_.insert(scales_.end(), (uint8_t*)&step, (uint8_t*)&step + sizeof step);
     }
-    if (!(step > 0)) step = 1;
-    header.step = step;
-    std::fill_n(inverse_.begin(), tokens, 1 / step);
   } else if (request.quantiser == Quantiser::per_token) {
-    header.half = uint16_t(request.parameter);
+    header.divisor = uint16_t(request.parameters[0]);
     scales_.resize(tokens * dtype_bytes(shape.dtype));
     for (int t = 0; t < tokens; ++t) {
       const uint32_t bits = k_.row_max((const char*)x + t * row, shape.dtype, shape.channels);
       const float most = as_float(bits, shape.dtype);
-      inverse_[t] = most == 0 ? 0 : header.half / most;
+      by_token_[t] = most == 0 ? 0 : header.divisor / most;
       std::memcpy(&scales_[t * dtype_bytes(shape.dtype)], &bits, dtype_bytes(shape.dtype));
     }
   }
@@ -62,8 +68,10 @@ void Encoder::prepare(const void* x, Shape shape, Request request, SectionHeader
 bool Encoder::read_block(const void* x, Shape s, const SectionHeader& h, int first, int count) {
   const void* corner = (const char*)x + first * dtype_bytes(s.dtype);
   if (Quantiser(h.quantiser) != Quantiser::lossless)
-    return k_.quantise(corner, s.dtype, s.tokens, s.channels, count, inverse_.data(), h.half,
-                       q_.data(), padded(s.tokens));
+    return k_.quantise(corner, s.dtype, s.tokens, s.channels, count, by_token_.data(),
+                       by_channel_.data() + first,
+                       Quantiser(h.quantiser) == Quantiser::per_token ? h.divisor : 0, q_.data(),
+                       padded(s.tokens));
   k_.read_halves(corner, s.dtype, s.tokens, s.channels, count, q_.data(), lower_.data(),
                  padded(s.tokens));
   return true;
@@ -229,7 +237,7 @@ void Encoder::encode(const void* x, Shape s, Request request, ProfileSection pro
   for (int first = (s.channels - 1) / kBlock * kBlock; first >= 0; first -= kBlock) {
     const int count = std::min(kBlock, s.channels - first);
     if (!read_block(x, s, header, first, count))
-      return encode(x, s, {Quantiser::lossless, 0, false}, {}, out, channels);
+      return encode(x, s, {Quantiser::lossless, nullptr, 1, false}, {}, out, channels);
     for (int i = count - 1; i >= 0; --i) {
       const int c = first + i;
       const int16_t* q = &q_[i * row];

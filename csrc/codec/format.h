@@ -38,11 +38,10 @@ struct SectionHeader {
   uint32_t words, raw_bytes, escapes;
   uint16_t own_tables;
   uint8_t lanes, quantiser;
-  float step;         // fixed_step: the step
-  uint16_t half;      // per_token: bins // 2 - 1
+  uint16_t divisor;   // fixed_step: heads, a step each; per_token: bins // 2 - 1
   uint16_t reserved;  // 0
 };
-static_assert(sizeof(SectionHeader) == 24);
+static_assert(sizeof(SectionHeader) == 20);
 
 inline size_t dtype_bytes(Dtype d) { return d == Dtype::fp32 ? 4 : 2; }
 

@@ -35,13 +35,14 @@ struct Kernels {
   double (*sum_squares)(const void* x, Dtype, size_t n);
   // the bits of the largest magnitude of a row; a NaN counts as the largest
   uint32_t (*row_max)(const void* x, Dtype, size_t n);
-  // q[c][t] = round(x[t][c] * inverse[t]), ties so that q + even is even; false if one is not
+  // q[c][t] = round(x[t][c] * by_token[t] * by_channel[c]), ties so that q + even is even; false if one is not
   // within kMaxQuantised
   bool (*quantise)(const void* x, Dtype, int tokens, int stride, int channels,
-                   const float* inverse, int even, int16_t* q, int q_stride);
-  // x[t][c] = q[c][t] * step[t]
-  void (*dequantise)(void* x, Dtype, int tokens, int stride, int channels, const float* step,
-                     const int16_t* q, int q_stride);
+                   const float* by_token, const float* by_channel, int even, int16_t* q,
+                   int q_stride);
+  // x[t][c] = q[c][t] * by_token[t] * by_channel[c]
+  void (*dequantise)(void* x, Dtype, int tokens, int stride, int channels, const float* by_token,
+                     const float* by_channel, const int16_t* q, int q_stride);
   // 16-bit halves, transposed: the value itself, or for fp32 its upper and lower half
   void (*read_halves)(const void* x, Dtype, int tokens, int stride, int channels, int16_t* upper,
                       int16_t* lower, int q_stride);

@@ -122,17 +122,19 @@ KVC_INLINE v8f load_row(const void* x, size_t i, int n) {
 }
 
 template <Dtype D>
-bool quantise_of(const void* x, int tokens, int stride, int channels, const float* inverse,
-                 int even, int16_t* q, int q_stride) {
+bool quantise_of(const void* x, int tokens, int stride, int channels, const float* by_token,
+                 const float* by_channel, int even, int16_t* q, int q_stride) {
   v8i bad = {};
   const v8f rounder = v8f{} + (kRounder + float(even));
   const v8i rounder_bits = (v8i)rounder;
   over_tiles(tokens, channels, [&](int t, int c) {
     v8s rows[8];
+    const v8f scale = load<v8f>(by_channel + c);
     for (int i = 0; i < 8; ++i) {
       rows[i] = v8s{};
       if (t + i >= tokens) continue;
-      v8f y = load_row<D>(x, size_t(t + i) * stride + c, channels - c) * inverse[t + i];
+      v8f y = load_row<D>(x, size_t(t + i) * stride + c, channels - c);
+      y = y * by_token[t + i] * scale;
       bad |= (v8i)(((v8u)y & 0x7fffffffu) > 0x45fff800u);  // 8191
       rows[i] = __builtin_convertvector((v8i)(y + rounder) - rounder_bits, v8s);
     }
@@ -145,15 +147,17 @@ bool quantise_of(const void* x, int tokens, int stride, int channels, const floa
 }
 
 template <Dtype D>
-void dequantise_of(void* x, int tokens, int stride, int channels, const float* step,
-                   const int16_t* q, int q_stride) {
+void dequantise_of(void* x, int tokens, int stride, int channels, const float* by_token,
+                   const float* by_channel, const int16_t* q, int q_stride) {
   over_tiles(tokens, channels, [&](int t, int c) {
     v8s rows[8];
+    const v8f scale = load<v8f>(by_channel + c);
     for (int i = 0; i < 8; ++i)
       rows[i] = c + i < channels ? load<v8s>(q + size_t(c + i) * q_stride + t) : v8s{};
     transpose(rows);
     for (int i = 0; i < 8 && t + i < tokens; ++i) {
-      v8f f = __builtin_convertvector(__builtin_convertvector(rows[i], v8i), v8f) * step[t + i];
+      v8f f = __builtin_convertvector(__builtin_convertvector(rows[i], v8i), v8f);
+      f = f * by_token[t + i] * scale;
       size_t at = size_t(t + i) * stride + c;
       if (c + 8 <= channels) {
         store_floats<D>(x, at, f);
@@ -224,13 +228,14 @@ void write_halves(void* x, Dtype dtype, int tokens, int stride, int channels, co
 double sum_squares(const void* x, Dtype d, size_t n) {
   return KVC_BY_DTYPE(sum_squares_of, x, n);
 }
-bool quantise(const void* x, Dtype d, int tokens, int stride, int channels, const float* inverse,
-              int even, int16_t* q, int q_stride) {
-  return KVC_BY_DTYPE(quantise_of, x, tokens, stride, channels, inverse, even, q, q_stride);
+bool quantise(const void* x, Dtype d, int tokens, int stride, int channels, const float* by_token,
+              const float* by_channel, int even, int16_t* q, int q_stride) {
+  return KVC_BY_DTYPE(quantise_of, x, tokens, stride, channels, by_token, by_channel, even, q,
+                      q_stride);
 }
-void dequantise(void* x, Dtype d, int tokens, int stride, int channels, const float* step,
-                const int16_t* q, int q_stride) {
-  KVC_BY_DTYPE(dequantise_of, x, tokens, stride, channels, step, q, q_stride);
+void dequantise(void* x, Dtype d, int tokens, int stride, int channels, const float* by_token,
+                const float* by_channel, const int16_t* q, int q_stride) {
+  KVC_BY_DTYPE(dequantise_of, x, tokens, stride, channels, by_token, by_channel, q, q_stride);
 }
 
 ChannelSums sums(const int16_t* q, int tokens) {

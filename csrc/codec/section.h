@@ -19,8 +19,11 @@ struct ProfileSection {
 
 struct Request {
   Quantiser quantiser;
-  float parameter;  // fixed_step: the step, or if relative, the step per root mean square
-  bool relative;    //             per_token: bins // 2 - 1
+  // fixed_step: a step for each of `heads` equal parts of the channels, or if relative, the step
+  // per root mean square of the part. per_token: the first is bins // 2 - 1.
+  const float* parameters;
+  int heads;
+  bool relative;
 };
 
 // Appends a section's bytes to `out` and its records to `channels`. Values that the quantiser
@@ -46,7 +49,7 @@ class Encoder {
   const Codebook& book_;
   RansWriter rans_{};
   uint32_t states_[kMaxLanes];
-  std::vector<float> inverse_, step_;
+  std::vector<float> by_token_, by_channel_;
   std::vector<uint8_t> scales_;
   std::vector<int16_t> q_, lower_, exponents_, residuals_, biased_[2];
   std::vector<uint16_t> raw_bits_;
@@ -69,7 +72,7 @@ class Decoder {
  private:
   const Kernels& k_;
   const Codebook& book_;
-  std::vector<float> step_;
+  std::vector<float> by_token_, by_channel_;
   std::vector<int16_t> q_, lower_, biased_;
   std::vector<uint16_t> raw_, words_;
   std::vector<uint8_t> symbols_;

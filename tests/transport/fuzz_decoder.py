@@ -26,7 +26,7 @@ def chunks() -> list[tuple[ChunkCodec, bytes]]:
         x = rng.normal(size=(LAYERS, 2, 64, HEADS * SIZE))
         x[..., ::5] = np.cumsum(x[..., ::5] * 0.1, axis=2)
         kv = as_bits(x * (1 + 30 * (rng.random(x.shape) < 0.01)), dtype)
-        for codec in (ChunkCodec(), ChunkCodec(profile.build(kv, dtype))):
+        for codec in (ChunkCodec(), ChunkCodec(profile.build(kv, dtype, HEADS))):
             made += [(codec, codec.encode(kv, dtype, n, heads=HEADS)) for n in (1, 2, 3, 4)]
     return made
 

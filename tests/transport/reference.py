@@ -32,11 +32,12 @@ def lanes_for(symbols: int) -> int:
 
 
 def mean_square(x: np.ndarray) -> float:
-    """Eight interleaved sums, so that any vector width adds in the same order."""
-    flat = x.astype(np.float64).ravel()
-    flat = np.pad(flat**2, (0, -len(flat) % 8)).reshape(-1, 8)
-    s = np.cumsum(flat, axis=0)[-1]
-    return (((s[0] + s[1]) + (s[2] + s[3])) + ((s[4] + s[5]) + (s[6] + s[7]))) / x.size
+    """Token by token, eight interleaved sums each: any vector width adds in the same order."""
+    total = 0.0
+    for row in x.astype(np.float64) ** 2:
+        s = np.cumsum(np.pad(row, (0, -len(row) % 8)).reshape(-1, 8), axis=0)[-1]
+        total += ((s[0] + s[1]) + (s[2] + s[3])) + ((s[4] + s[5]) + (s[6] + s[7]))
+    return total / x.size
 
 
 def quantise(x: np.ndarray, inverse: np.ndarray, even: int = 0) -> np.ndarray:
@@ -182,25 +183,34 @@ def encode_section(
     quantiser: int,
     parameter: float,
     profile: tuple[np.ndarray, np.ndarray] | None = None,
+    heads: int = 1,
 ) -> tuple[np.ndarray, bytes]:
     """Records `[channels, 4]` and the section's bytes for `[tokens, channels]`."""
     try:
-        return _encode(bits, dtype, quantiser, parameter, profile)
+        return _encode(bits, dtype, quantiser, parameter, profile, heads)
     except OutOfRange:
-        return _encode(bits, dtype, LOSSLESS, 0, None)
+        return _encode(bits, dtype, LOSSLESS, 0, None, 1)
 
 
-def _encode(bits, dtype, quantiser, parameter, profile):
+def _encode(bits, dtype, quantiser, parameter, profile, heads):
     tokens, width = bits.shape
     x, one = floats(bits, dtype), np.float32(1)
-    step, half, scales = np.float32(0), 0, b""
+    divisor, scales = 0, b""
     raw: list[bytes] = []
     if quantiser == FIXED:
-        step = np.float32(np.float64(np.float32(parameter)) * np.sqrt(mean_square(x)))
-        step = step if step > 0 else one
-        q = quantise(x, np.full(tokens, one / step))
+        divisor, steps = heads, []
+        for part in np.split(x, heads, axis=1):
+            step = np.float32(np.float64(np.float32(parameter)) * np.sqrt(mean_square(part)))
+            steps.append(step if step > 0 else one)
+        q = np.hstack(
+            [
+                quantise(part, np.full(tokens, one / step))
+                for part, step in zip(np.split(x, heads, axis=1), steps, strict=True)
+            ]
+        )
+        scales = np.array(steps, "<f4").tobytes()
     elif quantiser == PER_TOKEN:
-        half = int(parameter)
+        divisor = half = int(parameter)
         most = np.abs(x).max(axis=1)
         if not np.isfinite(most).all():
             raise OutOfRange
@@ -247,9 +257,9 @@ def _encode(bits, dtype, quantiser, parameter, profile):
     own_tables = sum(k["table"] == OWN for k in chosen)
     raw_part = b"".join(raw)
     header = struct.pack(
-        "<IIIHBBfHH",
+        "<IIIHBBHH",
         *(len(words), len(raw_part), len(escapes), own_tables, lanes, quantiser),
-        *(step, half, 0),
+        *(divisor, 0),
     )
     body = b"".join(
         [

@@ -70,7 +70,7 @@ def test_bytes_with_32_and_64_lanes_are_those_of_the_slow_reference(isa, tokens)
 @pytest.mark.parametrize("isa", samples.INSTRUCTION_SETS)
 def test_bytes_with_a_profile_are_those_of_the_slow_reference(isa):
     values = samples.bits(samples.gaussian, "bfloat16", 2, 512, 12)
-    level = profile.build(values.reshape(1, 2, 512, 12), "bfloat16").levels[2]
+    level = profile.build(values.reshape(1, 2, 512, 12), "bfloat16", 3).levels[2]
     part = np.ascontiguousarray(values[:, 100:180])
     codec = SectionCodec(isa=isa)
     wanted = asked(FIXED_STEP, 0.5, 2)
@@ -168,10 +168,13 @@ def payload_bits_and_bounds(values, dtype, quantiser, parameter):
     book = codebook()["frequencies"][0].astype(float)
     paid = cross = own = 0.0
     for section, body, records in zip(values, encoded.sections, encoded.records, strict=True):
-        words, _, _, _, lanes, _, step, half, _ = struct.unpack_from("<IIIHBBfHH", body)
+        words, raw, escapes, own, lanes, _, divisor, _ = struct.unpack_from("<IIIHBBHH", body)
+        assert not own
+        (step,) = struct.unpack_from("<f", body, 20 + 4 * lanes + 2 * words + 2 * escapes + raw)
         paid += 32 * lanes + 16 * words
         x = as_floats(section, dtype)
-        scale = step or np.abs(x).max(axis=1, keepdims=True) / half
+        most = np.abs(x).max(axis=1, keepdims=True)
+        scale = most / divisor if quantiser == PER_TOKEN else step
         q = np.rint(x / scale).astype(int)
         centres = records[:, 2:].copy().view("<i2").ravel().tolist()
         for c, (table, flags, centre) in enumerate(
@@ -231,6 +234,25 @@ def test_a_chunk_far_from_the_codebook_brings_its_own_tables():
     values = samples.bits(samples.two_peaks, "bfloat16", 1, 1500, 8)
     encoded, _ = round_trip(values, "bfloat16", FIXED_STEP, 0.3)
     assert (encoded.records[..., 0] == 255).any()
+
+
+@pytest.mark.parametrize("isa", samples.INSTRUCTION_SETS)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_each_head_has_a_step_of_its_own(isa, dtype):
+    """A quiet head beside a loud one is coded as well as alone; the same bytes as the reference."""
+    x = np.random.default_rng(0).normal(size=(1, 80, 40)) * np.repeat([1, 50, 0.02, 1], 10)
+    values = as_bits(x, dtype)
+    codec = SectionCodec(isa=isa)
+    encoded = codec.encode(values, dtype, asked(FIXED_STEP, 0.4, 1), heads=4)
+    records, body = reference.encode_section(values[0], dtype, FIXED_STEP, 0.4, heads=4)
+    assert encoded.sections[0] == body
+    np.testing.assert_array_equal(encoded.records[0], records)
+    out = np.empty_like(values)
+    data = np.frombuffer(body, np.uint8)
+    codec.decode(data, [len(data)], encoded.records, dtype, out)
+    error = (as_floats(out, dtype) - as_floats(values, dtype)).reshape(80, 4, 10)
+    rms = np.sqrt((error**2).mean(axis=(0, 2))) / [1, 50, 0.02, 1]
+    np.testing.assert_allclose(rms, 0.4 / np.sqrt(12), rtol=0.1)
 
 
 def test_every_thread_count_gives_the_same_bytes():

@@ -35,14 +35,18 @@ class ChunkCodec:
         if two != 2 or channels % heads:
             raise ValueError(f"shape {kv.shape}: must be [layers, 2, tokens, {heads} x head size]")
         wanted = plan(level, layers, self.quantiser)
-        relative, tables, digest = True, None, ""
-        at_level = self.profile.at(level, self.quantiser, kv.shape, dtype) if self.profile else None
+        relative, tables, digest, at_level = True, None, "", None
+        if self.profile is not None:
+            at_level = self.profile.at(level, self.quantiser, kv.shape, dtype, heads)
+            digest = self.profile.digest if at_level else ""
         if at_level is not None:
-            tables, digest = at_level.tables, self.profile.digest
+            tables = at_level.tables
             if at_level.steps is not None:
                 wanted, relative = wanted._replace(parameters=at_level.steps), False
         values = kv.reshape(2 * layers, tokens, channels)
-        encoded = self.sections.encode(values, dtype, wanted, tables, relative=relative)
+        encoded = self.sections.encode(
+            values, dtype, wanted, tables, heads=heads, relative=relative
+        )
         header = Header(
             layers=layers,
             tokens=tokens,
@@ -72,7 +76,9 @@ class ChunkCodec:
         if header.profile:
             if self.profile is None or self.profile.digest != header.profile:
                 raise WrongProfile(f"coded with profile {header.profile}")
-            at_level = self.profile.at(header.level, self.quantiser, out.shape, header.dtype)
+            at_level = self.profile.at(
+                header.level, self.quantiser, out.shape, header.dtype, header.heads
+            )
             if at_level is None:
                 raise WrongProfile(f"profile {header.profile} has no such level or shape")
             tables = at_level.tables

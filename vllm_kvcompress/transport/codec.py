@@ -106,19 +106,24 @@ class SectionCodec:
         plan: Plan,
         tables: Tables | None = None,
         *,
+        heads: int = 1,
         relative: bool = True,
     ) -> Encoded:
         """`values` is `[sections, tokens, channels]`.
 
-        A fixed step is a multiple of the section's root mean square where `relative`, else the
+        Each head has a fixed step of its own: the plan's parameter, one per section or per
+        section and head, is a multiple of the head's root mean square where `relative`, else the
         step itself. Values that a lossy quantiser cannot hold (infinities, NaN, beyond 8,191
         steps) make their section lossless.
         """
+        parameters = plan.parameters
+        if parameters.ndim == 1:
+            parameters = np.repeat(parameters[:, None], heads, axis=1)
         records, sections = self._native.encode(
             np.ascontiguousarray(values),
             DTYPES.index(dtype),
             plan.quantisers,
-            plan.parameters,
+            np.ascontiguousarray(parameters, np.float32),
             relative,
             *(tables or (None, None)),
             self.threads,

@@ -44,7 +44,7 @@ def profile(
     chunks name the profile they were coded with.
     """
     measured = _sample(model, prompt, tokens, dtype)
-    made = build(measured.kv, dtype, quantiser)
+    made = build(measured.kv, dtype, measured.heads, quantiser)
     out.write_bytes(made.to_bytes())
     layers, _, seen, channels = measured.kv.shape
     typer.echo(

@@ -1,8 +1,9 @@
 """Levels count upwards in quality: 0 is the text (recompute), 1-3 are lossy, 4 loses nothing.
 
-Lossy levels come in two quantisers. `fixed` rounds to one step per (layer, K or V), a multiple of
-the root mean square. `published` is CacheGen's: per token, the largest magnitude is divided into
-a number of bins that depends on the layer (arXiv 2310.07240; schedules of the released code).
+Lossy levels come in two quantisers. `fixed` rounds to one step per (layer, K or V, head), a
+multiple of its root mean square. `published` is CacheGen's: per token, the largest magnitude is
+divided into a number of bins that depends on the layer (arXiv 2310.07240; schedules of the
+released code).
 """
 
 from enum import StrEnum
@@ -23,13 +24,13 @@ class Quantiser(StrEnum):
 
 
 class Step(NamedTuple):
-    """Steps as multiples of the section's root mean square."""
+    """Steps as multiples of the head's root mean square."""
 
     k: float
     v: float
 
 
-STEPS = {1: Step(0.8, 1.0), 2: Step(0.5, 0.6), 3: Step(0.3, 0.4)}
+STEPS = {1: Step(0.2, 0.5), 2: Step(0.07, 0.3), 3: Step(0.05, 0.15)}
 
 # Bins of the released code's three levels: (first layer beyond, bins) for K and for V.
 PUBLISHED_BINS = {

@@ -25,7 +25,7 @@ PRIOR = np.array([1, 4, 1]) / 300  # what each count says of its neighbours, see
 
 class LevelProfile(NamedTuple):
     tables: Tables
-    steps: np.ndarray | None  # float32 [sections]; None where the quantiser has no fixed step
+    steps: np.ndarray | None  # float32 [sections, heads]; None without fixed steps
 
 
 @dataclass(frozen=True)
@@ -38,14 +38,17 @@ class Profile:
     digest: str
 
     def at(
-        self, level: int, quantiser: Quantiser, shape: tuple[int, ...], dtype: str
+        self, level: int, quantiser: Quantiser, shape: tuple[int, ...], dtype: str, heads: int
     ) -> LevelProfile | None:
         """The tables for `[layers, 2, tokens, channels]` arrays, or None if they do not fit."""
         found = self.levels.get(level)
         if found is None or dtype != self.dtype or quantiser != self.quantiser:
             return None
         layers, _, _, channels = shape
-        return found if found.tables.channels.shape[:2] == (2 * layers, channels) else None
+        fits = found.tables.channels.shape[:2] == (2 * layers, channels)
+        if found.steps is not None:
+            fits = fits and found.steps.shape[1] == heads
+        return found if fits else None
 
     def to_bytes(self) -> bytes:
         tensors = {}
@@ -87,6 +90,11 @@ class Profile:
         return cls.from_bytes(path.read_bytes())
 
 
+def _per_head(steps: np.ndarray, freq: np.ndarray) -> bool:
+    fits = steps.ndim == 2 and len(steps) == len(freq) and steps.shape[1] > 0
+    return fits and freq.shape[1] % steps.shape[1] == 0
+
+
 def _check(level: int, tables: Tables, steps: np.ndarray | None) -> None:
     freq, channels = tables
     fits = (
@@ -95,7 +103,7 @@ def _check(level: int, tables: Tables, steps: np.ndarray | None) -> None:
         and freq.ndim == channels.ndim == 3
         and freq.shape[2] == SYMBOLS
         and channels.shape == (*freq.shape[:2], 4)
-        and (steps is None or (steps.dtype == np.float32 and steps.shape == freq.shape[:1]))
+        and (steps is None or (steps.dtype == np.float32 and _per_head(steps, freq)))
     )
     if not fits or level not in (*LOSSY, LOSSLESS):
         raise ValueError("not a profile: its arrays do not fit together")
@@ -106,16 +114,20 @@ def _check(level: int, tables: Tables, steps: np.ndarray | None) -> None:
         raise ValueError("not a profile: a step is not positive")
 
 
-def build(kv: np.ndarray, dtype: str, quantiser: Quantiser = Quantiser.FIXED) -> Profile:
+def build(
+    kv: np.ndarray, dtype: str, heads: int, quantiser: Quantiser = Quantiser.FIXED
+) -> Profile:
     """Statistics of `[layers, 2, tokens, channels]` (bits, see codec.py): the more tokens the
     better; a few thousand serve."""
     layers, _, tokens, channels = kv.shape
     values = kv.reshape(2 * layers, tokens, channels)
-    levels = {level: _level(values, dtype, level, quantiser) for level in (*LOSSY, LOSSLESS)}
+    levels = {level: _level(values, dtype, level, quantiser, heads) for level in (*LOSSY, LOSSLESS)}
     return Profile.from_bytes(Profile(levels, dtype, quantiser, "").to_bytes())
 
 
-def _level(values: np.ndarray, dtype: str, level: int, quantiser: Quantiser) -> LevelProfile:
+def _level(
+    values: np.ndarray, dtype: str, level: int, quantiser: Quantiser, heads: int
+) -> LevelProfile:
     wanted = plan(level, len(values) // 2, quantiser)
     tables, steps = [], []
     for bits, kind, parameter in zip(values, *wanted, strict=True):
@@ -124,8 +136,11 @@ def _level(values: np.ndarray, dtype: str, level: int, quantiser: Quantiser) -> 
         else:
             x = as_floats(bits, dtype).astype(np.float64)
             if kind == FIXED_STEP:
-                step = float(np.sqrt((x**2).mean())) * float(parameter) or 1.0
-                steps.append(step)
+                by_head = (x**2).reshape(len(x), heads, -1).mean(axis=(0, 2))
+                head_steps = np.sqrt(by_head) * float(parameter)
+                head_steps[head_steps == 0] = 1.0
+                steps.append(head_steps)
+                step = np.repeat(head_steps, x.shape[1] // heads)
             else:
                 most = np.abs(x).max(axis=1, keepdims=True)
                 step = np.where(most > 0, most, 1) / float(parameter)

@@ -56,8 +56,10 @@ def _level_size(sample: Sample, codec: ChunkCodec, chunk_tokens: int, level: int
         profiled.append((container.records()[..., 0] == 0).mean())
         back = as_floats(codec.decode(data), dtype).astype(np.float64)
         square += float(((back - as_floats(part, dtype)) ** 2).sum())
-        zstd_bytes += len(zstandard.compress(_integers(part, dtype, level).tobytes(), 3))
-    whole = _integers(kv, dtype, level)
+        zstd_bytes += len(
+            zstandard.compress(_integers(part, dtype, level, sample.heads).tobytes(), 3)
+        )
+    whole = _integers(kv, dtype, level, sample.heads)
     power = float((as_floats(kv, dtype).astype(np.float64) ** 2).sum())
     return LevelSize(
         level=level,
@@ -70,7 +72,7 @@ def _level_size(sample: Sample, codec: ChunkCodec, chunk_tokens: int, level: int
     )
 
 
-def _integers(kv: np.ndarray, dtype: str, level: int) -> np.ndarray:
+def _integers(kv: np.ndarray, dtype: str, level: int, heads: int) -> np.ndarray:
     """What the fixed step makes of the values, `[layers, 2, channels, tokens]`."""
     by_channel = np.ascontiguousarray(kv.swapaxes(2, 3))
     if level == LOSSLESS:
@@ -78,8 +80,10 @@ def _integers(kv: np.ndarray, dtype: str, level: int) -> np.ndarray:
     kinds, parameters = plan(level, len(kv))
     assert (kinds == FIXED_STEP).all()
     x = as_floats(by_channel, dtype).astype(np.float64)
-    step = np.sqrt((x**2).mean(axis=(2, 3), keepdims=True)) * parameters.reshape(-1, 2, 1, 1)
-    q = np.rint(x / np.where(step > 0, step, 1))
+    by_head = x.reshape(*x.shape[:2], heads, -1, x.shape[3])
+    step = np.sqrt((by_head**2).mean(axis=(3, 4), keepdims=True))
+    step *= parameters.reshape(-1, 2, 1, 1, 1)
+    q = np.rint(by_head / np.where(step > 0, step, 1)).reshape(x.shape)
     return q.astype(np.int8 if np.abs(q).max() < 128 else np.int16)
 
 
