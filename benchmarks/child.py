@@ -24,7 +24,7 @@ from vllm_kvcompress.bench.engine import (
 )
 from vllm_kvcompress.bench.process import LineProcess, answer_stream, questions, say
 
-COMMAND = (sys.executable, "-m", "vllm_kvcompress.bench.child")
+COMMAND = (sys.executable, "-P", "-m", "vllm_kvcompress.bench.child")
 
 
 class Child(LineProcess):

@@ -37,7 +37,7 @@ COLUMNS = (
     "of the rest",
     "x plain",
 )
-STOPWATCHES = (sys.executable, "-m", "vllm_kvcompress.bench.stopwatch_child")
+STOPWATCHES = (sys.executable, "-P", "-m", "vllm_kvcompress.bench.stopwatch_child")
 
 Stopped = Mapping[tuple[int, str], Sequence[Step]]
 """(prompt tokens, row) -> prefills under stopwatches."""

@@ -17,7 +17,7 @@ import httpx
 
 from vllm_kvcompress.bench.process import GOODBYE_S, ProcessEnded
 
-VLLM = (sys.executable, "-m", "vllm.entrypoints.cli.main")
+VLLM = (sys.executable, "-P", "-m", "vllm.entrypoints.cli.main")
 HOST = "127.0.0.1"
 POLL_S = 0.25
 SPEAKER = re.compile(r"^(\([\w ]+ pid=\d+\) ?)?((ERROR|WARNING|INFO) [\d-]+ [\d:]+ \[[^]]+\] ?)?")

@@ -42,6 +42,11 @@ if current_platform.device_type != {device!r}:
     raise SystemExit(f"vLLM chose {{current_platform.device_type!r}}, not {device!r}")
 print(f"vllm {{version('vllm')}} on {device}, torch {{torch.__version__}},"
       f" transformers {{transformers.__version__}}")
+try:
+    from vllm_kvcompress.transport.codec import instruction_sets
+    print(f"      CacheGen's codec for {{instruction_sets()[-1]}}")
+except RuntimeError as error:
+    print(f"      {{error}}")
 """
 
 

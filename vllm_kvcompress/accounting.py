@@ -131,6 +131,14 @@ class Plan:
         limit = self.first_point - max(1, window_tokens)
         return max(0, limit) // self.block_tokens * self.block_tokens
 
+    def publish_limit_tokens(self) -> int | None:
+        """Most tokens whose blocks others may use, None for any number.
+
+        What follows the first compression saw a compressed context; of a prompt whose deep layers
+        hold selected tokens only, nothing is of use.
+        """
+        return 0 if self.tsp_tokens is not None else self.first_point
+
     def _periods(self, computed_tokens: int) -> int:
         """How many recompressions lie between `first_point` and `computed_tokens`."""
         assert self.first_point is not None and self.slack_blocks is not None

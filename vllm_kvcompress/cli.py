@@ -1,4 +1,4 @@
-"""`vllm-kvcompress presets | verify | bench`: what there is, whether it works, what it buys."""
+"""`vllm-kvcompress`: its commands; the bench's and CacheGen's are in rooms of their own."""
 
 import json
 from pathlib import Path
@@ -10,6 +10,7 @@ from rich.table import Table
 
 from vllm_kvcompress.bench.cli import app as bench
 from vllm_kvcompress.config import DEFAULT_PRESET, MAX_RATE, Preset, shipped_presets
+from vllm_kvcompress.transport import commands as transport_commands
 from vllm_kvcompress.verify import CannotVerify, Report, verify_server
 
 app = typer.Typer(
@@ -22,6 +23,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 app.add_typer(bench, name="bench")
+transport_commands.register(app)
 OK, NOT_COMPRESSED, CANNOT_TELL = 0, 1, 2
 
 

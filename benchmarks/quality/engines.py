@@ -31,7 +31,7 @@ class Engine:
         self._plugin, self._at_once = plugin, at_once
         self._process = LineProcess(
             name,
-            [sys.executable, "-m", CHILD, json.dumps(asdict(spec))],
+            [sys.executable, "-P", "-m", CHILD, json.dumps(asdict(spec))],
             environment(threads, plugin),
         )
 

@@ -11,6 +11,7 @@ from vllm_kvcompress.config import DEFAULT_PRESET
 
 PANEL_INCHES = 3.4, 3.1
 GREY = "#444444"
+LONG_LABEL = 24
 
 
 def accuracy_over_held_share(cells: Sequence[Cell], path: Path) -> bool:
@@ -19,14 +20,14 @@ def accuracy_over_held_share(cells: Sequence[Cell], path: Path) -> bool:
     if not groups:
         return False
     pyplot = _pyplot()
-    columns = min(3, len(groups))
+    columns = min(2, len(groups))
     rows = -(-len(groups) // columns)
     size = PANEL_INCHES[0] * columns, PANEL_INCHES[1] * rows + 0.9
     figure, grid = pyplot.subplots(rows, columns, figsize=size, squeeze=False, sharey=True)
     for axes, group in zip(grid.flat, groups, strict=False):
         for policy in _policies(cells):
             if line := _line(cells, group, policy):
-                axes.plot(*zip(*line, strict=True), label=policy, **_style(policy, cells))
+                axes.plot(*zip(*line, strict=True), label=_label(policy), **_style(policy, cells))
         full = full_of(cells, group)
         if full is not None and full.scores:
             axes.axhline(full.score, color=GREY, linewidth=1, linestyle=":", label="full cache")
@@ -45,7 +46,7 @@ def accuracy_over_held_share(cells: Sequence[Cell], path: Path) -> bool:
     labels = {}
     for axes in figure.axes:
         labels.update(dict(zip(*reversed(axes.get_legend_handles_labels()), strict=True)))
-    ncols = min(3, columns + 1)
+    ncols = 1 if max(map(len, labels)) > LONG_LABEL else columns + 1
     figure.legend(
         labels.values(), labels.keys(), loc="lower center", ncols=ncols, frameon=False, fontsize=9
     )
@@ -69,12 +70,13 @@ def bars_per_task(cells: Sequence[Cell], budget: float, path: Path) -> bool:
         widths = [cell.score if cell and cell.scores else 0 for cell in found]
         places = [place + index * thick for place in range(len(groups))]
         colour = "#c9ccd1" if not index else _style(policy, cells)["color"]
-        axes.barh(places, widths, height=thick * 0.9, color=colour, label=policy)
+        axes.barh(places, widths, height=thick * 0.9, color=colour, label=_label(policy))
+    ncols = 1 if max(map(len, map(_label, policies))) > LONG_LABEL else 3
     axes.set_yticks([p + 0.42 - thick / 2 for p in range(len(groups))], [g.title for g in groups])
     axes.invert_yaxis()
     axes.set_xlim(0, 1.02)
     axes.set_xlabel(f"mean score with about {budget:.3g} of the prompt's cache held")
-    axes.legend(loc="upper left", bbox_to_anchor=(0, -0.12), ncols=3, frameon=False, fontsize=9)
+    axes.legend(loc="upper left", bbox_to_anchor=(0, -0.14), ncols=ncols, frameon=False, fontsize=9)
     axes.spines[["top", "right"]].set_visible(False)
     figure.tight_layout()
     return _save(figure, path)
@@ -141,6 +143,14 @@ def _at(cells: Sequence[Cell], group: Group, policy: str, budget: float) -> Cell
 def _line(cells: Sequence[Cell], group: Group, policy: str) -> list[tuple[float, float]]:
     mine = [c for c in cells if (c.group, c.row.policy) == (group, policy) and c.row.budget]
     return sorted((c.held_share, c.score) for c in mine if c.held_share is not None and c.scores)
+
+
+def _label(policy: str) -> str:
+    """Peers without the words that all of them share."""
+    press = policy.removeprefix("kvpress:")
+    if press == policy:
+        return policy
+    return press.replace("Press", "").replace("press=", "") + " (kvpress)"
 
 
 def _style(policy: str, cells: Sequence[Cell]) -> dict[str, Any]:

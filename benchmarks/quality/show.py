@@ -35,7 +35,7 @@ def _table(group: Group, cells: Sequence[Cell]) -> Table:
     legend = f"Mean score in %{spread}. Columns: the share of the prompt's cache really held."
     if any(c.text == "-" for c in cells):
         legend += " -: whole pages cannot get there."
-    notes = dict.fromkeys(f"{c.row.policy}: {c.note}." for c in cells if c.note)
+    notes = dict.fromkeys(f"{c.row.policy}: {c.note.rstrip('.')}." for c in cells if c.note)
     return Table(
         f"{group.title}, n = {n}", ["policy", "100 %", *heads], rows, " ".join([legend, *notes])
     )

@@ -11,6 +11,7 @@ from typing import Any
 SUPPORTED_VLLM = "0.32"
 CACHE_DTYPES = ("auto", "float16", "bfloat16")
 SINK_ARCHITECTURES = ("GptOssForCausalLM", "OpenAIPrivacyFilterForTokenClassification")
+OUR_CONNECTOR = "CacheGenConnector"
 OTHER_MODEL = "serve a model with full attention in every layer, or leave compression out"
 
 
@@ -127,12 +128,13 @@ AFTER: Sequence[Row] = (
         "drop --prefix-match-unit",
     ),
     Row(
-        "KV connectors ({})",
+        "other KV connectors ({})",
         lambda config: (
             config.kv_transfer_config is not None
+            and config.kv_transfer_config.kv_connector != OUR_CONNECTOR
             and (config.kv_transfer_config.kv_connector or "--kv-transfer-config")
         ),
-        "drop --kv-transfer-config and --kv-offloading-size",
+        f"use {OUR_CONNECTOR}, or drop --kv-transfer-config and --kv-offloading-size",
     ),
     Row(
         "decode context parallelism ({} ranks)",

@@ -31,6 +31,9 @@ class _PerHead(Scheduler):
         self._planned: dict[str, tuple[Plan, Settings | None]] = {}
         self.per_head.tsp_max_inflight_tokens = self.kv_compress.tsp_max_inflight_tokens or 0
         self._tasks = PromptTasks(self.vllm_config.model_config)
+        if self.connector is not None:
+            self.connector.hit_limit = self._hit_limit
+            self.connector.publish_limit = self._publish_limit
 
     def add_request(self, request: Request) -> None:
         if request.request_id not in self.requests:
@@ -58,12 +61,21 @@ class _PerHead(Scheduler):
 
     def _get_local_prefix_cache_hit(self, request: Request) -> tuple[KVCacheBlocks, int, int, bool]:
         blocks, hit_tokens, boundary, diverged = super()._get_local_prefix_cache_hit(request)
-        plan, settings = self._planned[request.request_id]
-        limit = plan.hit_limit_tokens(settings.window_tokens) if settings else None
+        limit = self._hit_limit(request)
         if limit is not None and hit_tokens > limit:
             blocks = self.kv_cache_manager.truncate_computed_blocks(blocks, limit)
             return blocks, limit, 0, diverged
         return blocks, hit_tokens, boundary, diverged
+
+    def _hit_limit(self, request: Request) -> int | None:
+        """How many tokens may come from a cache: the window's are to be computed."""
+        plan, settings = self._planned[request.request_id]
+        return plan.hit_limit_tokens(settings.window_tokens) if settings else None
+
+    def _publish_limit(self, request: Request) -> int | None:
+        """How many tokens' blocks may leave the request, for a cache or a store."""
+        plan, _ = self._planned[request.request_id]
+        return plan.publish_limit_tokens()
 
     def _reserve_prefill_lookahead(
         self, request: Request, num_computed_tokens: int, num_new_tokens: int
@@ -137,7 +149,7 @@ def _take_worker_stats(args: tuple[Any, ...]) -> tuple[tuple[Any, ...], WorkerSt
     """Split `make_stats`' positional arguments from the timings our worker sent along."""
     for index, value in enumerate(args):
         if isinstance(value, WorkerStats):
-            return (*args[:index], None, *args[index + 1 :]), value
+            return (*args[:index], value.connector, *args[index + 1 :]), value
     return args, None
 
 

@@ -18,13 +18,23 @@ RECENT_REQUESTS = 64
 
 @dataclass
 class WorkerStats(KVConnectorStats):
-    """Seconds each compression of a step took, worker to scheduler: `{"seconds": [...]}`."""
+    """Seconds each compression of a step took, worker to scheduler: `{"seconds": [...]}`.
+
+    A KV connector's own statistics of the step ride along.
+    """
+
+    connector: KVConnectorStats | None = None
 
     def reset(self) -> None:
-        self.data = {"seconds": []}
+        self.data, self.connector = {"seconds": []}, None
 
     def aggregate(self, other: KVConnectorStats) -> KVConnectorStats:
-        self.data["seconds"] += other.data["seconds"]
+        theirs: KVConnectorStats | None = other
+        if isinstance(other, WorkerStats):
+            self.data["seconds"] += other.data["seconds"]
+            theirs = other.connector
+        if theirs is not None:
+            self.connector = self.connector.aggregate(theirs) if self.connector else theirs
         return self
 
     def reduce(self) -> dict[str, int | float]:

@@ -6,6 +6,7 @@ Extends vLLM's `Worker` by cooperative inheritance; a platform adds its attentio
 
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import replace
 from typing import Any, ClassVar
 
 import torch
@@ -187,10 +188,10 @@ class PerHeadWorker:
 
     def _send_seconds(self, compressor: Compressor) -> None:
         runner = self.model_runner  # type: ignore[attr-defined]
-        if runner.kv_connector_output is None:
-            stats = WorkerStats(data={"seconds": compressor.seconds})
-            runner.kv_connector_output = KVConnectorOutput(kv_connector_stats=stats)
-            compressor.seconds = []
+        output = runner.kv_connector_output or KVConnectorOutput()
+        stats = WorkerStats({"seconds": compressor.seconds}, output.kv_connector_stats)
+        runner.kv_connector_output = replace(output, kv_connector_stats=stats)
+        compressor.seconds = []
 
     def check_kv_compress_integrity(self) -> None:
         """For `collective_rpc`: raise where the worker's page tables do not add up."""

@@ -195,15 +195,11 @@ class PerHeadManager(FullAttentionManager):
         self.freed_blocks += self.block_pool.get_num_free_blocks() - free_before
 
     def cache_blocks(self, request: Request, num_tokens: int, *args: Any, **kwargs: Any) -> None:
-        """Publish blocks for prefix caching, but none that saw a compressed context.
-
-        Nor any of a prompt whose deep layers hold selected tokens only.
-        """
+        """Publish for prefix caching what the request's plan lets others use."""
         compression = self._compressions.get(request.request_id)
-        if compression is not None and compression.plan.tsp_tokens is not None:
-            return
-        if compression is not None and compression.plan.first_point is not None:
-            num_tokens = min(num_tokens, compression.plan.first_point)
+        limit = compression.plan.publish_limit_tokens() if compression else None
+        if limit is not None:
+            num_tokens = min(num_tokens, limit)
         super().cache_blocks(request, num_tokens, *args, **kwargs)
 
     def pop_blocks_for_free(self, request_id: str) -> list[KVCacheBlock]:

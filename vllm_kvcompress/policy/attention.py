@@ -28,6 +28,8 @@ class AttentionScorer(Scorer):
     power: 1 or 2 ("L1", "L2"); 2 favours keys that few queries attend to strongly.
     queries: how the window's queries become one: "sum", or "max": what one of them needs is
         needed, however many others look elsewhere.
+    half_life_tokens: by how many tokens a query must be older to count half as much; None for
+        all alike. The prompt's very end knows best what will be asked for.
     pool, pool_tokens: stride-1 pooling over the keys of each query head. It keeps the
         neighbours of what was attended to: the value behind a key, the rest of a span.
     pool_side: "both" sides, or only the "later" tokens, the continuation.
@@ -40,6 +42,7 @@ class AttentionScorer(Scorer):
 
     power: Literal[1, 2] = 2
     queries: Literal["sum", "max"] = "sum"
+    half_life_tokens: Annotated[float, Field(gt=0)] | None = None
     pool: Literal["max", "avg", "none"] = "max"
     pool_tokens: Annotated[int, Field(ge=1, le=1024)] = 7
     pool_side: Literal["both", "later"] = "both"
@@ -89,6 +92,9 @@ class AttentionScorer(Scorer):
         if self.exclude_tokens:
             distance = obs.query_positions[:, None] - positions[..., None, :]
             attention.masked_fill_((distance < self.exclude_tokens).unsqueeze(-3), 0.0)
+        if self.half_life_tokens is not None:
+            age = obs.query_positions[-1] - obs.query_positions
+            attention *= 0.5 ** (age / self.half_life_tokens)[:, None]
         if self.queries == "max":
             return attention.amax(dim=2) ** self.power
         return (attention.square_() if self.power == 2 else attention).sum(dim=2)

@@ -1,0 +1,196 @@
+"""What the codec's levels do to answers: bits against KL divergence and recall.
+
+python benchmarks/codec_quality.py --prompts 300 --json codec-quality.json --plot codec-quality.png
+"""
+
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from random import Random
+from typing import Annotated, Any
+
+import numpy as np
+import torch
+import typer
+from rich.console import Console
+from rich.progress import track
+from rich.table import Table
+from transformers import DynamicCache
+
+from vllm_kvcompress.bench.demo_model.evaluate import Encoded, Reader
+from vllm_kvcompress.bench.demo_model.language import many_facts_task, needle_task
+from vllm_kvcompress.bench.harness import write_report
+from vllm_kvcompress.transport.chunks import ChunkCodec
+from vllm_kvcompress.transport.codec import as_bits, as_floats
+from vllm_kvcompress.transport.levels import LEVELS, LOSSY, Quantiser
+from vllm_kvcompress.transport.profile import Profile
+
+DEMO_MODEL = Path(__file__).resolve().parent.parent / "vllm_kvcompress/demo_model"
+DTYPE = "bfloat16"
+REPORT_WIDTH = 110
+
+Recode = Callable[[np.ndarray], tuple[np.ndarray, int]]
+"""Float KV `[layers, 2, tokens, channels]` to what a reader gets back, and the bytes between."""
+
+
+@dataclass
+class Way:
+    """One way to write a cache down, and what it did."""
+
+    name: str
+    family: str
+    recode: Recode = field(repr=False)
+    bits: list[float] = field(default_factory=list)
+    kl: list[float] = field(default_factory=list)  # mean over the answer's tokens, in nats
+    right: int = 0
+
+    def to_dict(self) -> dict[str, Any]:
+        fields = {k: v for k, v in vars(self).items() if k != "recode"}
+        return fields | {"bits": float(np.mean(self.bits)), "kl": float(np.mean(self.kl))}
+
+
+def by_codec(codec: ChunkCodec, level: int, heads: int, chunk_tokens: int) -> Recode:
+    def recode(kv: np.ndarray) -> tuple[np.ndarray, int]:
+        bits, size, parts = as_bits(kv, DTYPE), 0, []
+        for start in range(0, kv.shape[2], chunk_tokens):
+            part = np.ascontiguousarray(bits[:, :, start : start + chunk_tokens])
+            data = codec.encode(part, DTYPE, level, heads=heads)
+            size += len(data)
+            parts.append(codec.decode(data))
+        return as_floats(np.concatenate(parts, axis=2), DTYPE), size
+
+    return recode
+
+
+def eight_bit(kv: np.ndarray) -> tuple[np.ndarray, int]:
+    """127 steps each side of a token's largest magnitude, and a 16-bit scale."""
+    most = np.abs(kv).max(axis=3, keepdims=True)
+    scale = np.where(most > 0, most, 1) / 127
+    return (np.rint(kv / scale) * scale).astype(np.float32), kv.size + 2 * most.size
+
+
+def plain(kv: np.ndarray) -> tuple[np.ndarray, int]:
+    """The cache as bf16."""
+    return as_floats(as_bits(kv, DTYPE), DTYPE), 2 * kv.size
+
+
+def ways(profile: Profile | None, heads: int, chunk_tokens: int) -> list[Way]:
+    fixed, published = ChunkCodec(profile), ChunkCodec(quantiser=Quantiser.PUBLISHED)
+    return [
+        Way("bf16", "bf16", plain),
+        Way("8-bit", "8-bit", eight_bit),
+        *(Way(f"level {n}", "ours", by_codec(fixed, n, heads, chunk_tokens)) for n in LEVELS[1:]),
+        *(
+            Way(f"published {n}", "published bins", by_codec(published, n, heads, chunk_tokens))
+            for n in LOSSY
+        ),
+    ]
+
+
+@torch.inference_mode()
+def ask(reader: Reader, row: Encoded, all_ways: list[Way], chunk_tokens: int) -> bool:
+    """Compute the prompt's full chunks, recode them each way, and read the answer off the rest.
+
+    Returns whether the untouched cache answers right.
+    """
+    ids = torch.tensor([row.prompt + row.answer[:-1]])
+    stored = (len(row.prompt) - 1) // chunk_tokens * chunk_tokens
+    cache = reader.model(ids[:, :stored], use_cache=True, logits_to_keep=1).past_key_values
+    kv = torch.stack([torch.stack([x.keys[0], x.values[0]]) for x in cache.layers])
+    layers, _, heads, tokens, size = kv.shape
+    flat = kv.transpose(2, 3).reshape(layers, 2, tokens, heads * size).numpy()
+    want = torch.tensor(row.answer)
+
+    def answer(values: np.ndarray) -> torch.Tensor:
+        by_head = torch.from_numpy(values).view(layers, 2, tokens, heads, size).transpose(2, 3)
+        recoded = DynamicCache()
+        for layer in range(layers):
+            recoded.update(by_head[layer, :1].clone(), by_head[layer, 1:].clone(), layer)
+        out = reader.model(ids[:, stored:], past_key_values=recoded, logits_to_keep=len(row.answer))
+        return out.logits[0].log_softmax(-1)  # [answer, vocabulary]
+
+    full = answer(flat)
+    for way in all_ways:
+        values, size_bytes = way.recode(flat)
+        said = answer(np.ascontiguousarray(values, np.float32))
+        way.bits.append(8 * size_bytes / flat.size)
+        way.kl.append(float((full.exp() * (full - said)).sum(-1).mean()))
+        way.right += bool((said.argmax(-1) == want).all())
+    return bool((full.argmax(-1) == want).all())
+
+
+app = typer.Typer(add_completion=False, rich_markup_mode="markdown")
+
+
+@app.command()
+def main(
+    prompts: Annotated[int, typer.Option(help="Prompts, half needles, half many facts.")] = 300,
+    tokens: Annotated[int, typer.Option(help="Tokens per prompt, about.")] = 1024,
+    chunk_tokens: Annotated[int, typer.Option(help="Tokens per chunk.")] = 256,
+    seed: Annotated[int, typer.Option(help="Decides every prompt.")] = 0,
+    profile: Annotated[Path | None, typer.Option(help="Made by `profile`.", exists=True)] = None,
+    threads: Annotated[int, typer.Option(help="Torch's threads.")] = 1,
+    plot: Annotated[Path | None, typer.Option(help="Draw bits against KL and recall.")] = None,
+    json: Annotated[Path | None, typer.Option(help="Write the report there.")] = None,
+) -> None:
+    """Bits per element, KL divergence to the full cache, and exact answers, on the demo model.
+
+    The prompt's full chunks are written down and read back each way; the rest of the prompt is
+    computed on top, as after a load. Sizes are as stored, everything included.
+    """
+    parameters = dict(locals())
+    torch.set_num_threads(threads)
+    reader, rng = Reader(DEMO_MODEL), Random(seed)
+    heads = reader.model.config.num_key_value_heads
+    all_ways = ways(Profile.load(profile) if profile else None, heads, chunk_tokens)
+    full_right = 0
+    for i in track(range(prompts), description="prompts"):
+        needle = i % 2 == 0
+        task = (
+            needle_task(rng, tokens, rng.random()) if needle else many_facts_task(rng, tokens, 16)
+        )
+        full_right += ask(reader, reader.encode(task), all_ways, chunk_tokens)
+    table = Table(title=f"{prompts} prompts; the full cache answers {full_right} right")
+    table.add_column()
+    for column in ("bits", "x bf16", "KL", "right", "of the full cache"):
+        table.add_column(column, justify="right")
+    for way in all_ways:
+        bits = float(np.mean(way.bits))
+        table.add_row(
+            *(way.name, f"{bits:.2f}", f"{16 / bits:.2f}", f"{np.mean(way.kl):.5f}"),
+            *(str(way.right), f"{way.right / max(full_right, 1):.1%}"),
+        )
+    Console(width=None if sys.stdout.isatty() else REPORT_WIDTH).print(table)
+    if plot:
+        draw(all_ways, full_right, plot)
+    if json:
+        results = [way.to_dict() for way in all_ways]
+        write_report(json, threads, parameters, full_right=full_right, ways=results)
+
+
+def draw(all_ways: list[Way], full_right: int, path: Path) -> None:
+    """Bits against KL, and against the share of the full cache's right answers."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, (kl, right) = pyplot.subplots(1, 2, figsize=(11, 4), layout="constrained")
+    for family in dict.fromkeys(way.family for way in all_ways):
+        members = [way for way in all_ways if way.family == family]
+        bits = [float(np.mean(way.bits)) for way in members]
+        kl.plot(bits, [max(float(np.mean(w.kl)), 1e-7) for w in members], "-o", label=family)
+        right.plot(bits, [w.right / max(full_right, 1) for w in members], "-o", label=family)
+    kl.set_yscale("log")
+    kl.set_ylabel("KL divergence to the full cache, nats")
+    right.set_ylabel("right answers, of the full cache's")
+    for axes in (kl, right):
+        axes.set_xlabel("bits per KV element, as stored")
+        axes.legend()
+    figure.savefig(path, dpi=120)
+    pyplot.close(figure)
+
+
+if __name__ == "__main__":
+    app()

@@ -1,0 +1,1 @@
+"""HOW a KV cache travels: codec, container, stores, stream policy, connector (CacheGen)."""

@@ -1,0 +1,272 @@
+"""The worker's side: threads that fetch and decode, encode and store, off the critical path."""
+
+import threading
+import time
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from queue import Empty, SimpleQueue
+
+import numpy as np
+
+from vllm_kvcompress.transport.chunks import ChunkCodec, WrongProfile
+from vllm_kvcompress.transport.codec import CorruptChunk
+from vllm_kvcompress.transport.container import WrongVersion, parse
+from vllm_kvcompress.transport.jobs import Load, Save
+from vllm_kvcompress.transport.keys import store_key
+from vllm_kvcompress.transport.levels import RECOMPUTE
+from vllm_kvcompress.transport.pages import CachePages
+from vllm_kvcompress.transport.settings import ConnectorSettings
+from vllm_kvcompress.transport.stats import Tally
+from vllm_kvcompress.transport.stores import Store, StoreError
+from vllm_kvcompress.transport.stream import RULES, FixedLevel, Progress, StreamPolicy
+
+LOADS_AT_ONCE = 4
+USUAL_RATIO = {1: 10, 2: 8, 3: 6, 4: 1.5}  # of raw bytes, before the first chunk of a level
+MB = 1 << 20
+
+
+class Miss(Exception):
+    """A chunk that has to be recomputed; the message is the reason it is counted under."""
+
+
+class Transfers:
+    """Loads and saves of one worker (`rank` of `ranks`).
+
+    `may_recompute`: vLLM recomputes what is reported missing, so the text is a level like others.
+    """
+
+    def __init__(
+        self,
+        settings: ConnectorSettings,
+        store: Store,
+        codec: ChunkCodec,
+        pages: CachePages,
+        tally: Tally,
+        *,
+        rank: int = 0,
+        ranks: int = 1,
+        may_recompute: bool = True,
+    ) -> None:
+        self.settings, self.store, self.codec, self.pages = settings, store, codec, pages
+        self.tally, self.rank, self.ranks = tally, rank, ranks
+        self.may_recompute = may_recompute
+        self.timeline: list[tuple[str, str, int, int, float, float]] = []
+        self._loaders = ThreadPoolExecutor(LOADS_AT_ONCE, "cachegen-load")
+        self._fetchers = ThreadPoolExecutor(LOADS_AT_ONCE, "cachegen-fetch")
+        self._savers = ThreadPoolExecutor(1, "cachegen-save")
+        self._lock = threading.Lock()
+        self._finished: set[str] = set()
+        self._invalid: set[int] = set()
+        self._buffered = 0
+        self._saving: set[Future[None]] = set()
+        self._seen_bytes: dict[int, float] = {}  # of a chunk, by level
+        self._rate: float | None = None
+        self._recompute_s: float | None = None
+
+    def load(self, job: Load) -> None:
+        """Begin to bring chunks in; `take_finished` tells when it is done."""
+        self._loaders.submit(self._load, job)
+
+    def take_finished(self) -> set[str]:
+        """Requests whose loads are done since the last call, whole or not."""
+        with self._lock:
+            done, self._finished = self._finished, set()
+        return done
+
+    def take_invalid(self) -> set[int]:
+        """Blocks that were to be loaded and were not, of loads that are done."""
+        with self._lock:
+            invalid, self._invalid = self._invalid, set()
+        return invalid
+
+    def save(self, job: Save) -> None:
+        """Copy the chunk out of the cache now; encode and store it later. A full buffer drops."""
+        size = len(job.block_ids) * self.pages.block_bytes
+        with self._lock:
+            if self._buffered + size > self.settings.buffer_mb * MB:
+                self.tally.add("not_stored", label="buffer_full")
+                return
+            self._buffered += size
+        kv = self.pages.read(job.block_ids)
+        future = self._savers.submit(self._save, job, kv, size)
+        self._saving.add(future)
+        future.add_done_callback(self._saving.discard)
+
+    def flush(self, limit_s: float) -> None:
+        """Wait until what was to be saved is, at most so long."""
+        end = time.monotonic() + limit_s
+        for future in list(self._saving):
+            try:
+                future.result(max(0.0, end - time.monotonic()))
+            except TimeoutError:
+                return
+
+    def computed(self, tokens: int, seconds: float) -> None:
+        """Learn how fast prompts are computed, from a step of this many tokens."""
+        per_chunk = seconds / tokens * self.settings.chunk_tokens
+        old = self._recompute_s
+        self._recompute_s = per_chunk if old is None else 0.5 * (old + per_chunk)
+
+    def close(self) -> None:
+        for pool in (self._savers, self._loaders, self._fetchers):
+            pool.shutdown(wait=False, cancel_futures=True)
+        self.store.close()
+
+    def _load(self, job: Load) -> None:
+        good_until = job.first_token
+        try:
+            for chunk, data in self._stream(job):
+                begun = time.time()
+                self._place(job, chunk, data)
+                self._mark("decode", job.request_id, chunk, 0, begun)
+                self.tally.add("decode_seconds", time.time() - begun)
+                good_until = (chunk + 1) * self.settings.chunk_tokens
+        except Miss as miss:
+            self._count_rest(job, good_until, str(miss))
+        except Exception as error:
+            self._count_rest(job, good_until, type(error).__name__)
+        block = self.pages.block_tokens
+        with self._lock:
+            self._invalid.update(job.block_ids[max(good_until, job.first_token) // block :])
+            self._finished.add(job.request_id)
+
+    def _stream(self, job: Load) -> Iterator[tuple[int, bytes]]:
+        """(chunk, bytes) in order; the next one is fetched while one is decoded."""
+        arrived: SimpleQueue[tuple[int, bytes] | Exception | None] = SimpleQueue()
+        given_up = threading.Event()
+
+        def fetch_all() -> None:
+            try:
+                policy = self._policy(job)
+                for i in range(len(job.digests)):
+                    if given_up.is_set():
+                        return
+                    arrived.put((job.first_chunk + i, self._fetch(job, i, policy)))
+                arrived.put(None)
+            except Exception as error:
+                arrived.put(error)
+
+        self._fetchers.submit(fetch_all)
+        end = time.monotonic() + self.settings.load_limit_s
+        try:
+            while True:
+                item = _get_before(arrived, end)
+                if item is None:
+                    return
+                if isinstance(item, Exception):
+                    raise item
+                yield item
+        finally:
+            given_up.set()
+
+    def _policy(self, job: Load) -> StreamPolicy:
+        if job.level is not None:
+            return FixedLevel(job.level)
+        if job.ttft_s is not None:
+            return RULES[self.settings.rule](job.ttft_s)
+        return FixedLevel(max(self.settings.levels))
+
+    def _fetch(self, job: Load, i: int, policy: StreamPolicy) -> bytes:
+        progress = Progress(
+            remaining=[self._sizes(levels) for levels in job.levels[i:]],
+            total_chunks=len(job.levels),
+            elapsed_s=time.time() - job.arrived,
+            bytes_per_s=self._rate,
+            recompute_s=self._recompute_s if self.may_recompute else None,
+        )
+        level = policy.choose(progress)
+        if level == RECOMPUTE:
+            raise Miss("recompute_is_faster")
+        key = store_key(job.space, job.digests[i], self.rank, self.ranks, level)
+        begun = time.time()
+        try:
+            data = self.store.get(key, self._chunk_bytes() + MB)
+        except StoreError as error:
+            raise Miss(f"store_{error.reason}") from error
+        seconds = time.time() - begun
+        self._mark("fetch", job.request_id, job.first_chunk + i, level, begun)
+        self.tally.add("fetch_seconds", seconds)
+        if data is None:
+            raise Miss("gone")
+        self._rate = len(data) / max(seconds, 1e-6)
+        self._seen_bytes[level] = len(data)
+        self.tally.add("loaded_bytes", len(data))
+        return data
+
+    def _place(self, job: Load, chunk: int, data: bytes) -> None:
+        """Decode one chunk into its blocks, those left out that vLLM has already."""
+        try:
+            header = parse(data, self._chunk_bytes()).header
+            shape = len(self.pages.layers), self.pages.heads, self.pages.head_size
+            if (header.layers, header.heads, header.head_size) != shape or (
+                header.dtype != self.pages.dtype
+                or header.tokens != self.settings.chunk_tokens
+                or header.key != job.digests[chunk - job.first_chunk]
+            ):
+                raise Miss("of_something_else")
+            kv = self.codec.decode(data)
+        except WrongVersion as error:
+            raise Miss("other_version") from error
+        except WrongProfile as error:
+            raise Miss("other_profile") from error
+        except CorruptChunk as error:
+            raise Miss("corrupt") from error
+        block = self.pages.block_tokens
+        start = chunk * self.settings.chunk_tokens
+        skipped = max(0, job.first_token - start) // block
+        ids = job.block_ids[start // block : (start + self.settings.chunk_tokens) // block]
+        if ids[skipped:]:
+            self.pages.write(ids[skipped:], np.ascontiguousarray(kv[:, :, skipped * block :]))
+        self.tally.add("loaded_chunks", label=header.level)
+        self.tally.add("loaded_raw_bytes", header.raw_bytes)
+
+    def _save(self, job: Save, kv: np.ndarray, size: int) -> None:
+        try:
+            for level in self.settings.levels:
+                begun = time.time()
+                data = self.codec.encode(
+                    kv, self.pages.dtype, level, heads=self.pages.heads, key=job.digest
+                )
+                encoded = time.time()
+                self.tally.add("encode_seconds", encoded - begun)
+                key = store_key(job.space, job.digest, self.rank, self.ranks, level)
+                self.store.put(key, data)
+                self._seen_bytes[level] = len(data)
+                self.tally.add("put_seconds", time.time() - encoded)
+                self.tally.add("stored_bytes", len(data))
+                self.tally.add("stored_raw_bytes", kv.nbytes)
+                self.tally.add("stored_chunks", label=level)
+        except StoreError as error:
+            self.tally.add("not_stored", label=f"store_{error.reason}")
+        except Exception as error:
+            self.tally.add("not_stored", label=type(error).__name__)
+        finally:
+            with self._lock:
+                self._buffered -= size
+
+    def _sizes(self, levels: tuple[int, ...]) -> dict[int, int]:
+        """Bytes by level, from chunks seen so far, else guessed by the level's usual ratio."""
+        raw = self._chunk_bytes()
+        return {
+            level: int(self._seen_bytes.get(level, raw / USUAL_RATIO[level])) for level in levels
+        }
+
+    def _count_rest(self, job: Load, good_until: int, reason: str) -> None:
+        tokens = (job.first_chunk + len(job.digests)) * self.settings.chunk_tokens - good_until
+        self.tally.add("missed", -(-tokens // self.settings.chunk_tokens), label=reason)
+
+    def _mark(self, what: str, request_id: str, chunk: int, level: int, begun: float) -> None:
+        self.timeline.append((what, request_id, chunk, level, begun, time.time()))
+        del self.timeline[:-1024]
+
+    def _chunk_bytes(self) -> int:
+        return self.pages.block_bytes * self.settings.chunk_tokens // self.pages.block_tokens
+
+
+def _get_before(
+    queue: "SimpleQueue[tuple[int, bytes] | Exception | None]", end: float
+) -> tuple[int, bytes] | Exception | None:
+    try:
+        return queue.get(timeout=max(0.0, end - time.monotonic()))
+    except Empty:
+        return Miss("too_slow")
