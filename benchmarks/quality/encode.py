@@ -1,5 +1,6 @@
 """Cases as token ids, alike for an engine, a server and a peer."""
 
+from pathlib import Path
 from typing import Any, Protocol
 
 from vllm_kvcompress.bench.quality.ask import BenchError, Prompt
@@ -26,6 +27,8 @@ class LocalEncoder:
     def __init__(self, model: str, trust_remote_code: bool = False) -> None:
         from transformers import AutoConfig, AutoTokenizer
 
+        if model.startswith(("/", ".", "~")) and not Path(model).expanduser().is_dir():
+            raise BenchError(f"there is no model folder {model}")
         try:
             config = AutoConfig.from_pretrained(model, trust_remote_code=trust_remote_code)
             self.tokenizer: Any = AutoTokenizer.from_pretrained(
