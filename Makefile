@@ -14,7 +14,7 @@ PYTHON ?= $(shell for p in python3 python3.12 python3.13 python3.11 python3.14; 
 	&& echo $$p && break; done)
 
 INSTALLED := $(VENV)/.installed
-PURE_ROOMS := $(wildcard $(addprefix vllm_kvcompress/,policy accounting.py config.py))
+PURE_ROOMS := $(wildcard $(addprefix vllm_kvcompress/,policy accounting.py config.py presets.py))
 
 help:
 	@echo "make install   $(VENV)/ with vLLM 0.32 and this project, for the CPU or GPU found here"

@@ -34,8 +34,8 @@ from vllm_kvcompress.bench.demo_model.language import (
     needle_task,
     span_task,
 )
-from vllm_kvcompress.config import DEFAULT_PRESET, Preset, load_preset, shipped_presets
 from vllm_kvcompress.policy import Observation, Policy, build
+from vllm_kvcompress.presets import DEFAULT_PRESET, Preset, load_preset, shipped_presets
 
 MODEL = Path(accounting.__file__).parent / "demo_model"
 FACTS = 16

@@ -25,7 +25,7 @@ from vllm_kvcompress.bench.options import ListCommand
 from vllm_kvcompress.bench.table import Table
 from vllm_kvcompress.bench.throughput import Grid, measure
 from vllm_kvcompress.bench.variants import PLAIN, STOCK, Engine, Variant
-from vllm_kvcompress.config import shipped_presets
+from vllm_kvcompress.presets import shipped_presets
 
 COLUMNS = ("prompt tokens", "row", "first token ms", "x plain", "FLOPs say", "of that")
 OF_PREDICTED = 0.95

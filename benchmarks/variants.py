@@ -48,7 +48,7 @@ class Variant:
     def held_share(self, prompt_tokens: int, cache_blocks: int) -> float:
         """Share of a prompt's tokens held once it is compressed, as both sides compute it."""
         from vllm_kvcompress.accounting import held_share, plan
-        from vllm_kvcompress.config import shipped_presets
+        from vllm_kvcompress.presets import shipped_presets
 
         if self.preset is None:
             return 1.0
@@ -92,7 +92,7 @@ def variants(
     Raises:
         typer.BadParameter: an unknown preset, or a rate that no request may ask for.
     """
-    from vllm_kvcompress.config import MAX_RATE, shipped_presets
+    from vllm_kvcompress.presets import MAX_RATE, shipped_presets
 
     for preset in presets:
         if preset not in shipped_presets():

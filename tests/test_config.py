@@ -5,14 +5,8 @@ import math
 import pytest
 
 from vllm_kvcompress.accounting import Settings
-from vllm_kvcompress.config import (
-    DEFAULT_PRESET,
-    EngineConfig,
-    Preset,
-    load_preset,
-    parse_engine_config,
-    shipped_presets,
-)
+from vllm_kvcompress.config import EngineConfig, parse_engine_config
+from vllm_kvcompress.presets import DEFAULT_PRESET, Preset, load_preset, shipped_presets
 
 MAX_TOKENS = 4096
 NOVEL = "x" * 100_000

@@ -9,7 +9,7 @@ from rich.console import Console
 from rich.table import Table
 
 from vllm_kvcompress.bench.cli import app as bench
-from vllm_kvcompress.config import DEFAULT_PRESET, MAX_RATE, Preset, shipped_presets
+from vllm_kvcompress.presets import DEFAULT_PRESET, MAX_RATE, Preset, shipped_presets
 from vllm_kvcompress.transport import commands as transport_commands
 from vllm_kvcompress.verify import CannotVerify, Report, verify_server
 

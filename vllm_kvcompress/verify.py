@@ -12,7 +12,7 @@ from typing import Any
 
 import httpx
 
-from vllm_kvcompress.config import DEFAULT_PRESET, OFF
+from vllm_kvcompress.presets import DEFAULT_PRESET, OFF
 
 ANSWER_TOKENS = 16
 TEMPLATE_TOKENS = 16

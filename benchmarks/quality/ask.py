@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import Any, Protocol, Self
 
 from vllm_kvcompress import accounting
-from vllm_kvcompress.config import OFF, Preset
+from vllm_kvcompress.presets import OFF, Preset
 
 MANY_BLOCKS = 2**31
 TOLERANCE = 0.2  # of the wish

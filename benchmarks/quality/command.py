@@ -27,7 +27,7 @@ from vllm_kvcompress.bench.quality.rows import FP8, PLAIN, Outcome, Row, cells
 from vllm_kvcompress.bench.quality.run import CannotOpen, Phase, Plan, run
 from vllm_kvcompress.bench.quality.store import Store
 from vllm_kvcompress.bench.quality.tasks import make_cases, task_help
-from vllm_kvcompress.config import OFF, Preset, load_preset, shipped_presets, unknown_preset
+from vllm_kvcompress.presets import OFF, Preset, load_preset, shipped_presets, unknown_preset
 
 BUDGETS = (0.5, 0.25, 0.125, 0.0625, 0.03125)
 MOST_CACHE_BLOCKS = 6000

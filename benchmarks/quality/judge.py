@@ -7,7 +7,7 @@ from statistics import mean
 
 from vllm_kvcompress.bench.harness import Summary, Verdict
 from vllm_kvcompress.bench.quality.rows import Cell, Group
-from vllm_kvcompress.config import DEFAULT_PRESET
+from vllm_kvcompress.presets import DEFAULT_PRESET
 
 PROMISED = {0.5: 0.99, 0.25: 0.98, 0.125: 0.97}
 PROMISED_TASKS = ("needle",)

@@ -7,7 +7,7 @@ from typing import Any
 from vllm_kvcompress.bench.quality.case import Case
 from vllm_kvcompress.bench.quality.judge import CONTROL, full_of
 from vllm_kvcompress.bench.quality.rows import Cell, Group, Outcome, Row
-from vllm_kvcompress.config import DEFAULT_PRESET
+from vllm_kvcompress.presets import DEFAULT_PRESET
 
 PANEL_INCHES = 3.4, 3.1
 GREY = "#444444"

@@ -11,7 +11,7 @@ from vllm_kvcompress.bench.quality.rows import Outcome, Row
 from vllm_kvcompress.bench.quality.scoring import score
 from vllm_kvcompress.bench.quality.show import so_far
 from vllm_kvcompress.bench.quality.store import Store
-from vllm_kvcompress.config import OFF, Preset
+from vllm_kvcompress.presets import OFF, Preset
 
 CASES_AT_ONCE = 16
 

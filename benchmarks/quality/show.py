@@ -6,7 +6,7 @@ from statistics import mean
 from vllm_kvcompress.bench.quality.judge import pairings
 from vllm_kvcompress.bench.quality.rows import FP8, Cell, Group
 from vllm_kvcompress.bench.table import Table
-from vllm_kvcompress.config import DEFAULT_PRESET
+from vllm_kvcompress.presets import DEFAULT_PRESET
 
 SAME_SHARE = 0.005
 HALF_WIDTH = 0.98  # of a 95 % interval, times 1/sqrt(n), where a score is right or wrong

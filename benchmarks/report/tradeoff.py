@@ -19,7 +19,7 @@ from vllm_kvcompress.bench.quality.rows import PLAIN
 from vllm_kvcompress.bench.report.read import Found
 from vllm_kvcompress.bench.table import Table
 from vllm_kvcompress.bench.variants import compressing
-from vllm_kvcompress.config import DEFAULT_PRESET
+from vllm_kvcompress.presets import DEFAULT_PRESET
 
 SAME_BUDGET = 1e-3
 

@@ -14,7 +14,7 @@ from vllm_kvcompress.bench.quality.encode import encode
 from vllm_kvcompress.bench.quality.rows import PLAIN, Cell, Group, Outcome, Row, cells, grouped
 from vllm_kvcompress.bench.quality.run import CannotOpen, Phase, Plan, run
 from vllm_kvcompress.bench.quality.store import Store
-from vllm_kvcompress.config import shipped_presets
+from vllm_kvcompress.presets import shipped_presets
 
 PRESETS = shipped_presets()
 FULL, OURS, CHANCE = Row(PLAIN, "plain"), Row("kv-compress", "preset", 0.5), Row(

@@ -14,7 +14,7 @@ from vllm_kvcompress.bench.report.page import kind_of
 from vllm_kvcompress.bench.report.read import read_reports
 from vllm_kvcompress.bench.report.tradeoff import tradeoffs
 from vllm_kvcompress.bench.table import Table
-from vllm_kvcompress.config import shipped_presets
+from vllm_kvcompress.presets import shipped_presets
 
 PNG = base64.b64decode(
     "iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAYAAAAfFcSJAAAADUlEQVR42mNk+M9QDwADhgGAWjR9awAAAABJRU5ErkJggg=="

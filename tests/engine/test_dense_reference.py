@@ -23,14 +23,12 @@ from engine.engines import (
 )
 from vllm.sampling_params import RequestOutputKind
 
-from vllm_kvcompress.config import shipped_presets
+from vllm_kvcompress.presets import shipped_presets
 
 pytestmark = pytest.mark.engine
 LENGTHS = [20, 31, 32, 33, 64, 65, 320, 321, 500, 735]
 PRESET = shipped_presets()["kv-compress"]
-PRESETS = (
-    "kv-compress-paper snapkv adakv pyramidkv windowkv streaming-llm keydiff random".split()
-)
+PRESETS = "kv-compress-paper snapkv adakv pyramidkv windowkv streaming-llm keydiff random".split()
 
 
 def watched(llm, requests, preempt_every=None):

@@ -21,7 +21,7 @@ from engine.engines import (
     steps,
 )
 
-from vllm_kvcompress.config import shipped_presets
+from vllm_kvcompress.presets import shipped_presets
 
 pytestmark = pytest.mark.engine
 PRESET = shipped_presets()["kv-compress"]

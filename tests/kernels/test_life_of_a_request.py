@@ -4,7 +4,6 @@ import pytest
 import torch
 from kernels.caches import noise
 
-from vllm_kvcompress.config import shipped_presets
 from vllm_kvcompress.kernels import (
     Arenas,
     WindowScore,
@@ -15,6 +14,7 @@ from vllm_kvcompress.kernels import (
     split_pages,
 )
 from vllm_kvcompress.policy import build
+from vllm_kvcompress.presets import shipped_presets
 
 LAYERS, HEADS, GROUP, SIZE, B = 2, 2, 3, 64, 8
 LANES = LAYERS * HEADS

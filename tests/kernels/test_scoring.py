@@ -6,10 +6,10 @@ import pytest
 import torch
 from kernels.caches import DTYPES, noise, poisoned_cache
 
-from vllm_kvcompress.config import shipped_presets
 from vllm_kvcompress.kernels import WindowScore, score_window, score_window_reference
 from vllm_kvcompress.policy import Observation
 from vllm_kvcompress.policy.attention import AttentionScorer
+from vllm_kvcompress.presets import shipped_presets
 
 TOLERANCE = {"atol": 2e-5, "rtol": 2e-5}
 PRESETS = {

@@ -9,9 +9,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from vllm_kvcompress.accounting import Settings, plan, tsp_selected_tokens
-from vllm_kvcompress.config import Preset, shipped_presets
 from vllm_kvcompress.policy import Observation, build
 from vllm_kvcompress.policy.propagators import AttentionPropagator, select_positions
+from vllm_kvcompress.presets import Preset, shipped_presets
 
 
 def seeded(n: int = 32, window: int = 4) -> Observation:

@@ -15,7 +15,7 @@ from vllm_kvcompress.bench.policy_sweep import (
     make_cases,
     score,
 )
-from vllm_kvcompress.config import shipped_presets
+from vllm_kvcompress.presets import shipped_presets
 
 pytestmark = pytest.mark.skipif(
     not (policy_sweep.MODEL / "model.safetensors").exists(), reason="no demo model"

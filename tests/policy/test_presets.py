@@ -6,7 +6,6 @@ import pytest
 import torch
 from policy.samples import observation
 
-from vllm_kvcompress.config import DEFAULT_PRESET, load_preset, shipped_presets
 from vllm_kvcompress.policy import build
 from vllm_kvcompress.policy.allocators import (
     AdaptiveAllocator,
@@ -18,6 +17,7 @@ from vllm_kvcompress.policy.allocators import (
 from vllm_kvcompress.policy.attention import AttentionScorer
 from vllm_kvcompress.policy.scorers import KeyDiffScorer, PositionScorer, RandomScorer
 from vllm_kvcompress.policy.windows import WindowScorer
+from vllm_kvcompress.presets import DEFAULT_PRESET, load_preset, shipped_presets
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 SNAPKV = AttentionScorer(power=1, pool="avg", pool_tokens=5, group="mean", score_window=False)

@@ -5,9 +5,9 @@ from importlib.metadata import EntryPoint
 
 import pytest
 
-from vllm_kvcompress.config import Preset
 from vllm_kvcompress.policy import Policy, Scorer, build, register_scorer, registry
 from vllm_kvcompress.policy.attention import AttentionScorer
+from vllm_kvcompress.presets import Preset
 
 GLOBAL = {"name": "global"}
 
@@ -44,7 +44,7 @@ def test_build_makes_what_the_preset_names() -> None:
         ),
         (
             preset({"name": "attention", "kernel": 5}),
-            "scorer 'attention' has no parameter 'kernel'; known: power, queries, half_life_tokens, pool",
+            "scorer 'attention' has no parameter 'kernel'; known: power, queries, half_life",
         ),
         (preset({"name": "position", "seed": 1}), "scorer 'position' has no .* known: none"),
         (preset({"name": "attention", "power": 3}), "scorer 'attention': power: .*1 or 2"),

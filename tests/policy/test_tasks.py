@@ -5,8 +5,8 @@ import time
 import pytest
 from policy.held_back_prompts import prompts
 
-from vllm_kvcompress.config import Preset, shipped_presets
 from vllm_kvcompress.policy.tasks import shipped_classifier
+from vllm_kvcompress.presets import Preset, shipped_presets
 
 
 def test_held_back_prompts_in_another_style_are_told_apart() -> None:

@@ -8,11 +8,11 @@ import torch
 from policy.samples import observation
 from policy.test_scorers import paying
 
-from vllm_kvcompress.config import Preset, shipped_presets
 from vllm_kvcompress.policy import Policy, build
 from vllm_kvcompress.policy.allocators import GroupPyramidAllocator, UniformAllocator
 from vllm_kvcompress.policy.selectors import TopKSelector
 from vllm_kvcompress.policy.windows import WindowScorer
+from vllm_kvcompress.presets import Preset, shipped_presets
 
 EXAMPLE = torch.tensor(
     [

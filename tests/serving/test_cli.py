@@ -8,7 +8,7 @@ import pytest
 from typer.testing import CliRunner
 
 from vllm_kvcompress.cli import app
-from vllm_kvcompress.config import shipped_presets
+from vllm_kvcompress.presets import shipped_presets
 from vllm_kvcompress.verify import long_prompt
 
 RECORD = {

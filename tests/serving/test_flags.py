@@ -7,8 +7,9 @@ import pytest
 from vllm.engine.arg_utils import AsyncEngineArgs, EngineArgs
 from vllm.utils.argparse_utils import FlexibleArgumentParser
 
-from vllm_kvcompress.config import DEFAULT_PRESET, parse_engine_config, shipped_presets
+from vllm_kvcompress.config import parse_engine_config
 from vllm_kvcompress.plugin import register
+from vllm_kvcompress.presets import DEFAULT_PRESET, shipped_presets
 from vllm_kvcompress.serving.flags import MIDDLEWARE, json_mapping, merged, preset_or_file
 
 MODEL = "vllm_kvcompress/demo_model"

@@ -20,7 +20,7 @@ from typer.testing import CliRunner
 from vllm_kvcompress.accounting import held_share, plan
 from vllm_kvcompress.bench.demo_model.language import needle_task
 from vllm_kvcompress.cli import app
-from vllm_kvcompress.config import shipped_presets
+from vllm_kvcompress.presets import shipped_presets
 
 pytestmark = [pytest.mark.engine, pytest.mark.timeout(300)]
 

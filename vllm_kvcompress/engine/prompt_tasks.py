@@ -10,8 +10,9 @@ from typing import Any
 
 from vllm.tokenizers import cached_tokenizer_from_config
 
-from vllm_kvcompress.config import UNKNOWN_TASK, Task
+from vllm_kvcompress.config import UNKNOWN_TASK
 from vllm_kvcompress.policy.tasks import shipped_classifier
+from vllm_kvcompress.presets import Task
 
 END_TOKENS = 256  # read from the beginning and from the end of a prompt
 

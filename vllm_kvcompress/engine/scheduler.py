@@ -15,10 +15,11 @@ from vllm.v1.request import Request, RequestStatus
 
 from vllm_kvcompress import accounting
 from vllm_kvcompress.accounting import Plan, Settings
-from vllm_kvcompress.config import OFF, EngineConfig, parse_engine_config
+from vllm_kvcompress.config import EngineConfig, parse_engine_config
 from vllm_kvcompress.engine.prompt_tasks import PromptTasks
 from vllm_kvcompress.engine.stats import STATS_KEY, RequestRecord, Totals, WorkerStats
 from vllm_kvcompress.paging.manager import PerHeadManager, manager_of
+from vllm_kvcompress.presets import OFF
 
 
 class _PerHead(Scheduler):

@@ -13,9 +13,9 @@ from typing import Any, TypeVar, get_type_hints
 
 from pydantic import ConfigDict, ValidationError, create_model
 
-from vllm_kvcompress.config import Component, Preset, first_problem, shorten
 from vllm_kvcompress.policy.interfaces import Allocator, Propagator, Scorer, Selector
 from vllm_kvcompress.policy.policy import Policy
+from vllm_kvcompress.presets import Component, Preset, first_problem, shorten
 
 ENTRY_POINT_GROUP = "vllm_kvcompress.policies"
 

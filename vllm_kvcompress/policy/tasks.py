@@ -14,7 +14,7 @@ from itertools import pairwise
 
 import numpy as np
 
-from vllm_kvcompress.config import Task
+from vllm_kvcompress.presets import Task
 
 PARAGRAPH_WORDS = 40
 WEIGHTS = "task_classifier.json"

@@ -14,15 +14,14 @@ from argparse import ArgumentParser, ArgumentTypeError, Namespace
 from collections.abc import Mapping
 from typing import Any, NoReturn
 
-from vllm_kvcompress.config import (
+from vllm_kvcompress.config import parse_engine_config, wants_compression
+from vllm_kvcompress.presets import (
     DEFAULT_PRESET,
     OFF,
     load_preset,
-    parse_engine_config,
     shipped_presets,
     shorten,
     unknown_preset,
-    wants_compression,
 )
 
 GROUP = "KV-Compress"

@@ -8,13 +8,8 @@ from vllm.config import VllmConfig
 from vllm.exceptions import VLLMValidationError
 
 from vllm_kvcompress.accounting import Settings
-from vllm_kvcompress.config import (
-    REQUEST_KEYS,
-    REQUEST_PREFIX,
-    KnobError,
-    parse_engine_config,
-    shorten,
-)
+from vllm_kvcompress.config import REQUEST_KEYS, REQUEST_PREFIX, KnobError, parse_engine_config
+from vllm_kvcompress.presets import shorten
 from vllm_kvcompress.serving.metrics import refusals_counter
 
 PARAMETER_CHARACTERS = 80
