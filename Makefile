@@ -55,9 +55,11 @@ serve: install
 # An interrupted quality run goes on where it stopped. A missed verdict is on the page, not a failure.
 RESULTS ?= results
 BENCH := $(VENV)/bin/vllm-kvcompress bench
-QUALITY ?= --n 100 --lengths 1024 --policies kv-compress snapkv random --budgets 0.5 0.25 0.125 0.0625
-PEERS ?= --peer kvpress:SnapKVPress --peer "kvpress:AdaKVPress(press=SnapKVPress)" --peer kvpress:KeyDiffPress
-THROUGHPUT ?= --rates 2 8 --prompts 4 16 --prompt-tokens 512 2048 --output-tokens 128 --rounds 3
+QUALITY ?= --n 50 --policies kv-compress snapkv random --budgets 0.5 0.25 0.125 0.0625 0.03125
+PEERS ?= --peer kvpress:SnapKVPress \
+	--peer "kvpress:CriticalAdaKVPress(press=SnapKVPress(kernel_size=21,window_size=8))"
+THROUGHPUT ?= --rates 8 --presets kv-compress kv-compress-continual \
+	--prompts 4 16 --prompt-tokens 256 1024 --output-tokens 256 --rounds 3
 
 bench: install
 	$(BENCH) quality $(QUALITY) $(PEERS) --json $(RESULTS)/quality.json
