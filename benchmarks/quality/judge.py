@@ -13,6 +13,7 @@ PROMISED = {0.5: 0.99, 0.25: 0.98, 0.125: 0.97}
 PROMISED_TASKS = ("needle",)
 USABLE = 0.5  # of the full cache's score, at the largest budget
 CONTROL = "random"
+CHANCE = 0.05  # a difference more likely than that is none
 
 
 @dataclass(frozen=True)
@@ -113,8 +114,8 @@ def _against_peers(cells: Sequence[Cell]) -> list[Verdict]:
         Verdict(
             f"{pair.ours.group.title}: {pair.ours.row.key} less the best peer, "
             f"{pair.theirs.row.policy} (better on {pair.better}, worse on {pair.worse} of "
-            f"{len(pair.ours.scores)}, p = {pair.p:.2g}), points",
-            _exactly(100 * pair.gain),
+            f"{len(pair.ours.scores)}, p = {pair.p:.2g}), points beyond chance",
+            _exactly(100 * (pair.gain if pair.p < CHANCE else max(0.0, pair.gain))),
             0.0,
         )
         for pair in best.values()
