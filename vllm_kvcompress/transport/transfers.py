@@ -56,7 +56,8 @@ class Transfers:
         self._savers = ThreadPoolExecutor(1, "cachegen-save")
         self._lock = threading.Lock()
         self._finished: set[str] = set()
-        self._invalid: set[int] = set()
+        self._missing: set[int] = set()  # of the loads in `_finished`
+        self._invalid: set[int] = set()  # of loads told to be finished
         self._buffered = 0
         self._saving: set[Future[None]] = set()
         self._seen_bytes: dict[int, float] = {}  # of a chunk, by level
@@ -71,12 +72,17 @@ class Transfers:
         """Requests whose loads are done since the last call, whole or not."""
         with self._lock:
             done, self._finished = self._finished, set()
+            self._invalid |= self._missing
+            self._missing = set()
         return done
 
     def take_invalid(self) -> set[int]:
-        """Blocks that were to be loaded and were not, of loads that are done."""
-        with self._lock:
-            invalid, self._invalid = self._invalid, set()
+        """Blocks that were to be loaded and were not, of loads that `take_finished` told of.
+
+        Both reach vLLM in one step: told of a failed load before its end, it would end the
+        request and hold its blocks until some later step.
+        """
+        invalid, self._invalid = self._invalid, set()
         return invalid
 
     def save(self, job: Save) -> None:
@@ -127,7 +133,7 @@ class Transfers:
             self._count_rest(job, good_until, type(error).__name__)
         block = self.pages.block_tokens
         with self._lock:
-            self._invalid.update(job.block_ids[max(good_until, job.first_token) // block :])
+            self._missing.update(job.block_ids[max(good_until, job.first_token) // block :])
             self._finished.add(job.request_id)
 
     def _stream(self, job: Load) -> Iterator[tuple[int, bytes]]:
