@@ -19,23 +19,22 @@ from vllm.distributed.kv_transfer.kv_connector.v1.base import (
     KVConnectorRole,
 )
 from vllm.distributed.parallel_state import get_tensor_model_parallel_rank
-from vllm.logger import init_logger
-from vllm.platforms import current_platform
 
 from vllm_kvcompress.paging.pool import PageFormat
 from vllm_kvcompress.transport.chunks import ChunkCodec
 from vllm_kvcompress.transport.container import VERSION
 from vllm_kvcompress.transport.jobs import Jobs, Load, Save
 from vllm_kvcompress.transport.keys import chunk_digests, namespace, root_digest, store_key
+from vllm_kvcompress.transport.knobs import Knobs, knobs_or_text
 from vllm_kvcompress.transport.levels import RECOMPUTE
 from vllm_kvcompress.transport.pages import CachePages
 from vllm_kvcompress.transport.profile import Profile
-from vllm_kvcompress.transport.settings import ConnectorSettings, Knobs, knobs_of
+from vllm_kvcompress.transport.settings import ConnectorSettings
+from vllm_kvcompress.transport.setup import refuse
 from vllm_kvcompress.transport.stats import CacheGenMetrics, CacheGenStats, Tally
 from vllm_kvcompress.transport.stores import StoreError, open_store
 from vllm_kvcompress.transport.transfers import Transfers
 
-logger = init_logger(__name__)
 LEARN_FROM_TOKENS = 64  # a step with fewer prompt tokens says little about recomputing
 FLUSH_LIMIT_S = 10.0
 
@@ -79,7 +78,7 @@ class CacheGenConnector(KVConnectorBase_V1):
         super().__init__(vllm_config, role, kv_cache_config)
         transfer = vllm_config.kv_transfer_config
         self.settings = ConnectorSettings.of(transfer.kv_connector_extra_config)
-        _refuse(vllm_config, kv_cache_config, self.settings)
+        refuse(vllm_config, self.settings, kv_cache_config)
         self.tally = Tally()
         self._profile = Profile.load(self.settings.profile) if self.settings.profile else None
         self._codec = ChunkCodec(self._profile, self.settings.quantiser, self.settings.threads)
@@ -100,12 +99,7 @@ class CacheGenConnector(KVConnectorBase_V1):
         if request.request_id in self._tracked or not request.prompt_token_ids:
             return
         params = request.sampling_params
-        try:
-            knobs = knobs_of(params.extra_args if params else None)
-        except ValueError as error:
-            logger.warning("CacheGenConnector: request %s: %s", request.request_id, error)
-            self.tally.add("missed", label="bad_knob")
-            knobs = Knobs(level=RECOMPUTE)
+        knobs = knobs_or_text(params.extra_args if params else None)
         root = root_digest(self._fingerprint | _shaped_by(request))
         chunk = self.settings.chunk_tokens
         tracked = Tracked(
@@ -301,31 +295,6 @@ class CacheGenConnector(KVConnectorBase_V1):
         cls, vllm_config: Any, metric_types: Any, labelnames: Any, per_engine_labelvalues: Any
     ) -> CacheGenMetrics:
         return CacheGenMetrics(vllm_config, metric_types, labelnames, per_engine_labelvalues)
-
-
-def _refuse(vllm_config: Any, kv_cache_config: Any, settings: ConnectorSettings) -> None:
-    """One clear line for what does not work."""
-    block, parallel = vllm_config.cache_config.block_size, vllm_config.parallel_config
-    refused = (
-        (not current_platform.is_cpu(), "it runs on CPUs so far"),
-        (
-            settings.chunk_tokens % block,
-            f"chunk_tokens {settings.chunk_tokens} is not a multiple of the block size {block}",
-        ),
-        (vllm_config.model_config.use_mla, "multi-head latent attention is not supported"),
-        (
-            kv_cache_config is not None and len(kv_cache_config.kv_cache_groups) > 1,
-            "models with several kinds of KV cache are not supported",
-        ),
-        (parallel.pipeline_parallel_size > 1, "pipeline parallelism is not supported"),
-        (
-            vllm_config.cache_config.cache_dtype not in ("auto", "float16", "bfloat16"),
-            "a quantised KV cache is not supported",
-        ),
-    )
-    for found, why in refused:
-        if found:
-            raise ValueError(f"CacheGenConnector: {why}")
 
 
 def _fingerprint(
