@@ -53,6 +53,7 @@ async def stats(request: Request) -> JSONResponse:
             "preset": parse_engine_config(raw).preset if raw else OFF,
             "block_tokens": vllm_config.cache_config.block_size,
             **ours.snapshots.summed(),
+            "cachegen_timelines": ours.timelines.to_list(),
             "refusals": client.input_processor.validate_logits_processors_params.refusals,
         }
     )

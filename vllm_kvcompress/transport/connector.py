@@ -23,7 +23,7 @@ from vllm.distributed.parallel_state import get_tensor_model_parallel_rank
 from vllm_kvcompress.paging.pool import PageFormat
 from vllm_kvcompress.transport.chunks import ChunkCodec
 from vllm_kvcompress.transport.container import VERSION
-from vllm_kvcompress.transport.jobs import Jobs, Load, Save
+from vllm_kvcompress.transport.jobs import Compute, Jobs, Load, Save
 from vllm_kvcompress.transport.keys import chunk_digests, namespace, root_digest, store_key
 from vllm_kvcompress.transport.knobs import Knobs, knobs_or_text
 from vllm_kvcompress.transport.levels import RECOMPUTE
@@ -35,7 +35,6 @@ from vllm_kvcompress.transport.stats import CacheGenMetrics, CacheGenStats, Tall
 from vllm_kvcompress.transport.stores import StoreError, open_store
 from vllm_kvcompress.transport.transfers import Transfers
 
-LEARN_FROM_TOKENS = 64  # a step with fewer prompt tokens says little about recomputing
 FLUSH_LIMIT_S = 10.0
 
 
@@ -151,6 +150,7 @@ class CacheGenConnector(KVConnectorBase_V1):
             levels=tracked.stored[first_chunk : last // chunk],
             first_token=tracked.first_token,
             block_ids=list(block_ids[: last // self._block_tokens]),
+            prompt_tokens=request.num_prompt_tokens,
             arrived=request.arrival_time,
             level=tracked.knobs.level,
             ttft_s=tracked.knobs.ttft_s or (self.settings.ttft_ms or 0) / 1000 or None,
@@ -162,11 +162,16 @@ class CacheGenConnector(KVConnectorBase_V1):
             if tracked.load is not None:
                 jobs.loads.append(tracked.load)
                 tracked.load = None
-        if self._saves:
-            for request_id, tokens in scheduler_output.num_scheduled_tokens.items():
-                tracked = self._tracked.get(request_id)
-                if tracked is not None:
-                    jobs.saves += self._new_chunks(request_id, tracked, tokens)
+        for request_id, tokens in scheduler_output.num_scheduled_tokens.items():
+            tracked = self._tracked.get(request_id)
+            if tracked is None:
+                continue
+            first, prompt = tracked.request.num_computed_tokens, tracked.request.num_prompt_tokens
+            if first < prompt:
+                last = min(first + tokens, prompt)
+                jobs.computes.append(Compute(request_id, first, last, prompt))
+            if self._saves:
+                jobs.saves += self._new_chunks(request_id, tracked, tokens)
         return jobs
 
     def request_finished(
@@ -245,7 +250,7 @@ class CacheGenConnector(KVConnectorBase_V1):
 
     def bind_connector_metadata(self, connector_metadata: Any) -> None:
         super().bind_connector_metadata(connector_metadata)
-        self._step_began = time.monotonic()
+        self._step_began = time.time()
 
     def start_load_kv(self, forward_context: Any, **kwargs: Any) -> None:
         assert self.transfers is not None
@@ -260,15 +265,14 @@ class CacheGenConnector(KVConnectorBase_V1):
 
     def wait_for_save(self) -> None:
         assert self.transfers is not None
-        saves = self._get_connector_metadata().saves
-        tokens = len(saves) * self.settings.chunk_tokens
-        if tokens >= LEARN_FROM_TOKENS:
-            self.transfers.computed(tokens, time.monotonic() - self._step_began)
-        for save in saves:
+        jobs = self._get_connector_metadata()
+        self.transfers.computed(jobs.computes, self._step_began, time.time())
+        for save in jobs.saves:
             self.transfers.save(save)
 
     def get_finished(self, finished_req_ids: set[str]) -> tuple[set[str] | None, set[str] | None]:
         assert self.transfers is not None
+        self.transfers.forget(finished_req_ids)
         return None, self.transfers.take_finished()
 
     def get_block_ids_with_load_errors(self) -> set[int]:
