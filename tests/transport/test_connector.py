@@ -400,3 +400,25 @@ def test_recomputing_that_is_faster_is_chosen(cached, no_history):
     assert_same_words(got, want)
     assert counted["missed:recompute_is_faster"] == 5
     assert line.levels == []
+
+
+def test_the_last_chunk_is_used_up_to_the_block_before_the_last_token(cached):
+    ids = stored_prompt(cached, 17, 3 * CHUNK)
+    want = cached.recomputed([ids])
+    cached.forget()
+    got, counted = cached.during(lambda: cached.ask([ids]))
+    assert counted["hit_tokens"] == 3 * CHUNK - BLOCK
+    assert counted["loaded_chunks:4"] == 3
+    assert_same_words(got, want)
+
+
+def test_the_next_turn_of_a_conversation_finds_the_answer_too(cached):
+    ids = prompt(Random(18), 3 * CHUNK - 20)
+    (said,) = cached.ask([ids], tokens=CHUNK + 40)
+    cached.forget()
+    turn = [*ids, *said.tokens, *prompt(Random(19), 50)]
+    want = cached.recomputed([turn])
+    cached.forget()
+    got, counted = cached.during(lambda: cached.ask([turn]))
+    assert counted["hit_tokens"] == 4 * CHUNK
+    assert_same_words(got, want)

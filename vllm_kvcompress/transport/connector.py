@@ -44,6 +44,7 @@ class Tracked:
 
     request: Any
     space: str
+    root: bytes
     digests: list[str]
     knobs: Knobs
     lookup: "Future[list[tuple[int, ...]]] | None" = None
@@ -100,11 +101,11 @@ class CacheGenConnector(KVConnectorBase_V1):
         params = request.sampling_params
         knobs = knobs_or_text(params.extra_args if params else None)
         root = root_digest(self._fingerprint | _shaped_by(request))
-        chunk = self.settings.chunk_tokens
         tracked = Tracked(
             request,
             namespace(request.cache_salt),
-            chunk_digests(root, request.prompt_token_ids, chunk),
+            root,
+            chunk_digests(root, request.prompt_token_ids, self.settings.chunk_tokens),
             knobs,
         )
         self._tracked[request.request_id] = tracked
@@ -125,11 +126,12 @@ class CacheGenConnector(KVConnectorBase_V1):
             self.tally.add("missed", len(tracked.digests), label="lookup_too_slow")
             return 0, False
         tracked.stored = tracked.lookup.result()
-        chunk = self.settings.chunk_tokens
         limit = self.hit_limit(request)
-        most = (request.num_prompt_tokens - 1 if limit is None else limit) // chunk
+        most = request.num_prompt_tokens - 1 if limit is None else limit
+        stored = len(tracked.stored) * self.settings.chunk_tokens
         tracked.first_token = num_computed_tokens
-        found = min(len(tracked.stored), most) * chunk - num_computed_tokens
+        # Of the last chunk, whole blocks are used.
+        found = min(stored, most // self._block_tokens * self._block_tokens) - num_computed_tokens
         return (found, True) if found > 0 else (0, False)
 
     def update_state_after_alloc(self, request: Any, blocks: Any, num_external_tokens: int) -> None:
@@ -141,13 +143,13 @@ class CacheGenConnector(KVConnectorBase_V1):
         chunk = self.settings.chunk_tokens
         (block_ids,) = blocks.get_block_ids()
         last = tracked.first_token + num_external_tokens
-        first_chunk = tracked.first_token // chunk
+        first_chunk, last_chunk = tracked.first_token // chunk, -(-last // chunk)
         tracked.load = Load(
             request_id=request.request_id,
             space=tracked.space,
             first_chunk=first_chunk,
-            digests=tracked.digests[first_chunk : last // chunk],
-            levels=tracked.stored[first_chunk : last // chunk],
+            digests=tracked.digests[first_chunk:last_chunk],
+            levels=tracked.stored[first_chunk:last_chunk],
             first_token=tracked.first_token,
             block_ids=list(block_ids[: last // self._block_tokens]),
             prompt_tokens=request.num_prompt_tokens,
@@ -184,19 +186,20 @@ class CacheGenConnector(KVConnectorBase_V1):
 
     def _look_up(self, tracked: Tracked) -> list[tuple[int, ...]]:
         """Levels stored of each chunk, of all ranks, up to the first chunk that has none."""
+        digests = tracked.digests
         keys = [
             store_key(tracked.space, digest, rank, self._ranks, level)
-            for digest in tracked.digests
+            for digest in digests
             for level in self.settings.levels
             for rank in range(self._ranks)
         ]
         try:
             there = iter(self._store.has(keys))
         except StoreError as error:
-            self.tally.add("missed", len(tracked.digests), label=f"store_{error.reason}")
+            self.tally.add("missed", len(digests), label=f"store_{error.reason}")
             return []
         found = []
-        for _ in tracked.digests:
+        for _ in digests:
             by_level = {
                 level: all([next(there) for _ in range(self._ranks)])
                 for level in self.settings.levels
@@ -208,15 +211,19 @@ class CacheGenConnector(KVConnectorBase_V1):
         return found[:stop]
 
     def _new_chunks(self, request_id: str, tracked: Tracked, tokens: int) -> list[Save]:
-        """Chunks of the prompt that are whole after this step and not in the store."""
+        """Chunks that are whole after this step and not in the store; of the answer too, which
+        the next turn of a conversation brings back."""
         chunk, block = self.settings.chunk_tokens, self._block_tokens
         computed = tracked.request.num_computed_tokens + tokens
         limit = self.publish_limit(tracked.request)
         if limit is not None:
             computed = min(computed, limit)
-        whole = min(computed // chunk, len(tracked.digests))
+        whole = min(computed, tracked.request.num_tokens) // chunk
         if whole <= tracked.saved_chunks:
             return []
+        if whole > len(tracked.digests):
+            known = tracked.request.all_token_ids[: whole * chunk]
+            tracked.digests = chunk_digests(tracked.root, known, chunk)
         assert self._kv_cache_manager is not None
         (block_ids,) = self._kv_cache_manager.get_block_ids(request_id)
         saves = [

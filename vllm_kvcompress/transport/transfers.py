@@ -203,7 +203,7 @@ class Transfers:
 
     def _fetch(self, job: Load, i: int, policy: StreamPolicy, undecoded: int) -> bytes:
         chunk_tokens, per_chunk_s = self.settings.chunk_tokens, self._recompute_s
-        loaded = (job.first_chunk + len(job.levels)) * chunk_tokens
+        loaded = len(job.block_ids) * self.pages.block_tokens
         rates = list(self._rates)
         progress = Progress(
             remaining=[self._sizes(levels) for levels in job.levels[i:]],
@@ -258,8 +258,9 @@ class Transfers:
         start = chunk * self.settings.chunk_tokens
         skipped = max(0, job.first_token - start) // block
         ids = job.block_ids[start // block : (start + self.settings.chunk_tokens) // block]
-        if ids[skipped:]:
-            self.pages.write(ids[skipped:], np.ascontiguousarray(kv[:, :, skipped * block :]))
+        if wanted := ids[skipped:]:
+            kv = kv[:, :, skipped * block : len(ids) * block]
+            self.pages.write(wanted, np.ascontiguousarray(kv))
         self.tally.add("loaded_chunks", label=header.level)
         self.tally.add("loaded_raw_bytes", header.raw_bytes)
         return header.level
