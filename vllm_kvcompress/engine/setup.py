@@ -17,7 +17,6 @@ from vllm_kvcompress.engine.propagation_limits import with_tsp_capacity
 from vllm_kvcompress.engine.refusals import (
     AFTER,
     BEFORE,
-    StartupError,
     refuse,
     refuse_platform,
     refuse_version,
