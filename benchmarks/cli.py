@@ -6,6 +6,7 @@ import typer
 
 from vllm_kvcompress.bench import attention, prefill, reuse, serve, throughput
 from vllm_kvcompress.bench.options import ListCommand
+from vllm_kvcompress.bench.parity import command as parity
 from vllm_kvcompress.bench.quality import command as quality
 from vllm_kvcompress.bench.report import command as report
 
@@ -32,6 +33,7 @@ def check_extra() -> None:
 
 
 app.command("quality", cls=ListCommand, epilog=quality.EPILOG)(quality.main)
+app.command("parity", cls=ListCommand)(parity.main)
 app.command("throughput", cls=ListCommand)(throughput.main)
 app.command("serve", cls=ListCommand)(serve.main)
 app.command("attention", cls=ListCommand)(attention.main)
