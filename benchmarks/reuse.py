@@ -20,13 +20,14 @@ from rich.console import Console
 
 from vllm_kvcompress.bench.demo_model.language import many_facts_task
 from vllm_kvcompress.bench.engine import BLOCK_TOKENS, FIRST_WORD, MODEL, environment
+from vllm_kvcompress.bench.flops import Decoder
 from vllm_kvcompress.bench.harness import Summary, Verdict, cpu_model, paired_ratio, write_report
 from vllm_kvcompress.bench.progress import progress_bar
 from vllm_kvcompress.bench.table import Table
-from vllm_kvcompress.bench.tsp import Shape
 from vllm_kvcompress.bench.vllm_server import CannotStart, VllmServer
 
 OUTPUT_TOKENS = 16
+LAST_WORD = 9000  # most vocabularies are larger
 AT_MOST = 0.5
 TIMEOUT_S = 300.0
 SETTLE_S = 120.0
@@ -124,7 +125,7 @@ def contexts(model: str, tokens: int, seed: int) -> Iterator[list[int]]:
     rng = random.Random(seed)
     if model != str(MODEL):
         while True:
-            yield rng.choices(range(FIRST_WORD, Shape.vocabulary), k=tokens)
+            yield rng.choices(range(FIRST_WORD, LAST_WORD), k=tokens)
     from tokenizers import Tokenizer
 
     tokenizer = Tokenizer.from_file(str(MODEL / "tokenizer.json"))
@@ -251,9 +252,8 @@ def main(
             clients = [Client(url, model, api_key) for url in asked]
         else:
             store = store or stack.enter_context(TemporaryDirectory(prefix="kv-store-"))
-            kv_heads = next(k for k in (4, 3, 2, 1) if hidden // 64 % k == 0)
-            shape = Shape(layers, hidden, hidden * 8 // 3 // 64 * 64, hidden // 64, kv_heads)
-            folder = model or stack.enter_context(shape.folder(context_tokens + 256))
+            decoder = Decoder.llama(layers, hidden)
+            folder = model or stack.enter_context(decoder.folder(context_tokens + 256))
             arguments = [folder, "--dtype", dtype, "--max-model-len", str(context_tokens + 64)]
             arguments += ["--load-format", "auto" if model else "dummy"]
             arguments += ["--block-size", str(BLOCK_TOKENS), "--kv-compress", "cachegen"]

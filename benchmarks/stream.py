@@ -23,7 +23,7 @@ from vllm_kvcompress.bench.options import ListCommand
 from vllm_kvcompress.bench.progress import progress_bar
 from vllm_kvcompress.bench.reuse import STATS, Client, contexts
 from vllm_kvcompress.bench.table import Table
-from vllm_kvcompress.bench.tsp import Shape
+from vllm_kvcompress.bench.flops import Decoder
 from vllm_kvcompress.bench.vllm_server import CannotStart, VllmServer
 
 LEVELS = (1, 2, 3, 4)
@@ -104,7 +104,7 @@ def main(
     ] = "",
     api_key: Annotated[str, typer.Option(help="Of --url.", envvar="VLLM_API_KEY")] = "",
     layers: Annotated[int, typer.Option(help="Layers of the random weights.", min=2)] = 8,
-    hidden: Annotated[int, typer.Option(help="Their hidden size, 64 x 4 x n.", min=256)] = 768,
+    hidden: Annotated[int, typer.Option(help="Their hidden size, a multiple of 64.", min=64)] = 768,
     context_tokens: Annotated[int, typer.Option(help="Tokens of the context.", min=512)] = 4096,
     threads: Annotated[int, typer.Option(help="OpenMP threads; 0 for all cores.", min=0)] = 0,
     json: Annotated[Path, typer.Option(help="The report; the picture goes beside it.")] = Path(
@@ -134,11 +134,9 @@ def main(
         console.print(f"written: {picture}", highlight=False)
         return
     rates, wanted = gbps or [2, 0.2, 1], targets or [500, 700, 1000]
-    kv_heads = next(k for k in (4, 3, 2, 1) if hidden // 64 % k == 0)
-    shape = Shape(layers, hidden, hidden * 8 // 3 // 64 * 64, hidden // 64, kv_heads)
     timelines: dict[float, Timeline] = {}
     with ExitStack() as stack:
-        folder = stack.enter_context(shape.folder(context_tokens + 64))
+        folder = stack.enter_context(Decoder.llama(layers, hidden).folder(context_tokens + 64))
         kept = stack.enter_context(TemporaryDirectory(prefix="kv-store-"))
         line = f"gbps={','.join(f'{rate:g}' for rate in rates)}&step_mb={step_mb:g}"
         arguments = [folder, "--load-format", "dummy", "--dtype", "float32", "--enforce-eager"]
