@@ -1,5 +1,6 @@
 """The worker's side: threads that fetch and decode, encode and store, off the critical path."""
 
+import math
 import threading
 import time
 from collections import deque
@@ -68,13 +69,14 @@ class Transfers:
         self._rates: deque[float] = deque(maxlen=RATES_KEPT)  # bytes per second of transfers
         self._recompute_s: float | None = None  # per chunk, as the next one
         self._decode_s: float | None = None
-        self._on_the_way: set[str] = set()  # loaded for, and without a first token yet
+        self._finish_s: float | None = None  # from the end of a load to the first token
+        self._on_the_way: dict[str, float] = {}  # without a first token yet: when the load ended
 
     def load(self, job: Load) -> None:
         """Begin to bring chunks in; `take_finished` tells when it is done."""
         deadline = job.arrived + (job.ttft_s or 0)
         self._mark(Event.REQUEST, job.request_id, 0, job.prompt_tokens, 0, job.arrived, deadline)
-        self._on_the_way.add(job.request_id)
+        self._on_the_way[job.request_id] = math.inf
         self.tally.add("loads_in_flight")
         self._loaders.submit(self._load, job)
 
@@ -126,16 +128,21 @@ class Transfers:
             per_chunk = (ended - began) / tokens * self.settings.chunk_tokens
             self._recompute_s = _smoothed(self._recompute_s, per_chunk)
         for part in prompts:
-            if part.request_id in self._on_the_way:
-                where = part.request_id, part.first, part.last, 0
-                self._mark(Event.COMPUTE, *where, began, ended)
-                if part.last == part.prompt_tokens:
-                    self._mark(Event.FIRST_TOKEN, *where, ended, ended)
-                    self._on_the_way.discard(part.request_id)
+            if part.request_id not in self._on_the_way:
+                continue
+            where = part.request_id, part.first, part.last, 0
+            self._mark(Event.COMPUTE, *where, began, ended)
+            if part.last == part.prompt_tokens:
+                self._mark(Event.FIRST_TOKEN, *where, ended, ended)
+                loaded = self._on_the_way.pop(part.request_id)
+                if tokens < LEARN_FROM_TOKENS:
+                    self._finish_s = _smoothed(self._finish_s, ended - loaded)
 
     def forget(self, request_ids: set[str]) -> None:
         """These requests have ended."""
-        self._on_the_way -= request_ids
+        with self._lock:
+            for request_id in request_ids:
+                self._on_the_way.pop(request_id, None)
 
     def close(self) -> None:
         for pool in (self._savers, self._loaders, self._fetchers):
@@ -161,6 +168,8 @@ class Transfers:
         with self._lock:
             self._missing.update(job.block_ids[max(good_until, job.first_token) // block :])
             self._finished.add(job.request_id)
+            if job.request_id in self._on_the_way:
+                self._on_the_way[job.request_id] = time.time()
 
     def _stream(self, job: Load) -> Iterator[tuple[int, bytes]]:
         """(chunk, bytes) in order; the next one is fetched while one is decoded."""
@@ -201,7 +210,7 @@ class Transfers:
 
     def _fetch(self, job: Load, i: int, policy: StreamPolicy, undecoded: int) -> bytes:
         chunk_tokens, per_chunk_s = self.settings.chunk_tokens, self._recompute_s
-        loaded = len(job.block_ids) * self.pages.block_tokens
+        rest = job.prompt_tokens - len(job.block_ids) * self.pages.block_tokens
         rates = list(self._rates)
         progress = Progress(
             remaining=[self._sizes(levels) for levels in job.levels[i:]],
@@ -212,7 +221,7 @@ class Transfers:
             worst_bytes_per_s=min(rates, default=None),
             decode_s=self._decode_s or 0,
             undecoded=undecoded,
-            finish_s=(per_chunk_s or 0) * (job.prompt_tokens - loaded) / chunk_tokens,
+            finish_s=max(self._finish_s or 0, (per_chunk_s or 0) * rest / chunk_tokens),
         )
         level = policy.choose(progress)
         if level == RECOMPUTE:
