@@ -4,7 +4,7 @@ from importlib.util import find_spec
 
 import typer
 
-from vllm_kvcompress.bench import attention, prefill, serve, throughput, tsp
+from vllm_kvcompress.bench import attention, codec, prefill, serve, throughput, tsp
 from vllm_kvcompress.bench.options import ListCommand
 from vllm_kvcompress.bench.quality import command as quality
 from vllm_kvcompress.bench.report import command as report
@@ -37,4 +37,5 @@ app.command("serve", cls=ListCommand)(serve.main)
 app.command("attention", cls=ListCommand)(attention.main)
 app.command("prefill", cls=ListCommand)(prefill.main)
 app.command("tsp", cls=ListCommand)(tsp.main)
+app.command("codec")(codec.main)
 app.command("report")(report.main)
