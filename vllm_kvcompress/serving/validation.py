@@ -30,7 +30,7 @@ class RequestCheck:
     """
 
     def __init__(self, vllm_config: VllmConfig, then: Callable[[Any], None]) -> None:
-        self._config = parse_engine_config(vllm_config.additional_config["kv_compress"])
+        self.config = parse_engine_config(vllm_config.additional_config["kv_compress"])
         self._max_tokens = vllm_config.model_config.max_model_len
         self._model_name = vllm_config.model_config.served_model_name
         self._then = then
@@ -39,7 +39,7 @@ class RequestCheck:
     def __call__(self, params: Any) -> None:
         """Raise `RefusedKnob` naming the key, the value and what is allowed."""
         try:
-            settings = self._config.request_settings(params.extra_args, self._max_tokens)
+            settings = self.config.request_settings(params.extra_args, self._max_tokens)
             _refuse_prompt_logprobs(params, settings)
         except KnobError as error:
             self.refusals[error.reason] += 1
