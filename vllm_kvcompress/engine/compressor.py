@@ -329,7 +329,8 @@ class Compressor:
         """f32 `[L, H, n]` of all candidates."""
         pool, scorer = self.pool, policy.scorer
         scores = torch.zeros(pool.num_layers, pool.num_heads, candidates.tokens)
-        for layer in range(pool.num_layers):
+        leaders_first = sorted(range(pool.num_layers), key=lambda l: policy.leader(l) != l)
+        for layer in leaders_first:
             if (leader := policy.leader(layer)) != layer:
                 scores[layer] = candidates.passed_on(scores[leader], leader, layer)
                 continue
