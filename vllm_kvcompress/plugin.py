@@ -1,13 +1,8 @@
 """The door: what vLLM loads through `vllm.general_plugins`, in every process.
 
 Three wrappers, each undone by nothing and doing nothing while the flag is off; `docs/compat.md`
-<<<<<<< HEAD
-names them and a test counts them. Three more are installed by the first engine that compresses
-(`vllm_kvcompress/serving/attach.py`), and see to that engine only.
-=======
-names them and a test counts them. Two more are installed by the first engine that compresses or
+names them and a test counts them. Three more are installed by the first engine that compresses or
 has a store (`vllm_kvcompress/serving/attach.py`), and see to that engine only.
->>>>>>> ddbba2b24a9e269e23d4b86deb480db0d8d49105
 """
 
 from collections.abc import Callable
