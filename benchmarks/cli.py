@@ -4,7 +4,7 @@ from importlib.util import find_spec
 
 import typer
 
-from vllm_kvcompress.bench import attention, prefill, serve, throughput, tsp
+from vllm_kvcompress.bench import attention, prefill, reuse, serve, throughput
 from vllm_kvcompress.bench.options import ListCommand
 from vllm_kvcompress.bench.parity import command as parity
 from vllm_kvcompress.bench.quality import command as quality
@@ -38,5 +38,5 @@ app.command("throughput", cls=ListCommand)(throughput.main)
 app.command("serve", cls=ListCommand)(serve.main)
 app.command("attention", cls=ListCommand)(attention.main)
 app.command("prefill", cls=ListCommand)(prefill.main)
-app.command("tsp", cls=ListCommand)(tsp.main)
+app.command("reuse")(reuse.main)
 app.command("report")(report.main)

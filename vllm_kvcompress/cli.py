@@ -49,7 +49,10 @@ def presets(
     for preset in shipped.values():
         table.add_row(*_row(preset))
     Console().print(table)
-    typer.echo(f"The default is {DEFAULT_PRESET}; `off` compresses only where a request asks.")
+    typer.echo(
+        f"The default is {DEFAULT_PRESET}; `off` compresses only where a request asks, and so does "
+        "`cachegen`, which keeps prompts' caches in a store (`--kv-compress-store URL`)."
+    )
 
 
 def _row(preset: Preset) -> tuple[str, ...]:

@@ -15,7 +15,8 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 
 from vllm_kvcompress.accounting import Settings
 
-OFF = "off"
+OFF, CACHEGEN = "off", "cachegen"
+UNCOMPRESSED = (OFF, CACHEGEN)  # stand where a preset may
 DEFAULT_PRESET = "kv-compress"
 MAX_RATE = 1024
 Task = Literal["localization", "aggregation"]
@@ -82,9 +83,9 @@ class Preset(StrictModel):
     tsp_layer: int | None = Field(default=None, ge=0)
 
     @model_validator(mode="after")
-    def _off_is_reserved(self) -> "Preset":
-        if self.name == OFF:
-            raise ValueError(f"{OFF!r} means no compression and cannot name a preset")
+    def _name_is_free(self) -> "Preset":
+        if self.name in UNCOMPRESSED:
+            raise ValueError(f"{self.name!r} means no compression and cannot name a preset")
         return self
 
     @model_validator(mode="after")
@@ -223,7 +224,7 @@ def _parse_preset(text: str, where: str) -> Preset:
 
 
 def unknown_preset(name: Any, presets: Mapping[str, Preset]) -> str:
-    return f"unknown preset {shorten(name)}; known: {', '.join([OFF, *sorted(presets)])}"
+    return f"unknown preset {shorten(name)}; known: {', '.join([*UNCOMPRESSED, *sorted(presets)])}"
 
 
 def first_problem(error: ValidationError) -> str:

@@ -14,8 +14,6 @@ typedef uint16_t v8h __attribute__((vector_size(16)));
 #endif
 #define KVC_INLINE static inline __attribute__((always_inline))
 
-constexpr float kRounder = 12582912.0f;  // 1.5 * 2^23: adding it rounds to an integer, ties to even
-
 template <class To, class From>
 KVC_INLINE To load(const From* p) {
   To v;

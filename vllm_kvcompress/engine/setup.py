@@ -12,12 +12,11 @@ import vllm
 from vllm.config import VllmConfig
 from vllm.platforms import current_platform
 
-from vllm_kvcompress.config import EngineConfig, parse_engine_config
+from vllm_kvcompress.config import EngineConfig, StartupError, parse_engine_config
 from vllm_kvcompress.engine.propagation_limits import with_tsp_capacity
 from vllm_kvcompress.engine.refusals import (
     AFTER,
     BEFORE,
-    StartupError,
     refuse,
     refuse_platform,
     refuse_version,

@@ -1,10 +1,10 @@
-"""Wrappers that exist only once an engine with compression is configured in this process.
+"""Wrappers that exist only once an engine with compression, or a store, is configured here.
 
     InputProcessor._build_logits_processors_params_validator   a request's knobs are checked
     StatLoggerManager.__init__                                 our figures leave vLLM's statistics
 
 Both ask the `VllmConfig` they are given, so another engine in the process is not affected. And
-in an API server that compresses:
+in an API server of such an engine:
 
     ChatCompletionRequest.to_beam_search_params                knobs are refused there
     CompletionRequest.to_beam_search_params
@@ -17,7 +17,7 @@ from vllm.config import VllmConfig
 from vllm.v1.engine.input_processor import InputProcessor
 from vllm.v1.metrics.loggers import StatLoggerManager
 
-from vllm_kvcompress.config import wants_compression
+from vllm_kvcompress.config import uses_store, wants_compression
 from vllm_kvcompress.wrapping import wrap
 
 
@@ -29,7 +29,7 @@ def attach() -> None:
 
 def _build_validator(original: Callable[..., Any], self: InputProcessor) -> Callable[[Any], None]:
     validate = original(self)
-    if not wants_compression(self.vllm_config.additional_config):
+    if not _is_ours(self.vllm_config):
         return validate
     from vllm_kvcompress.serving.validation import RequestCheck
 
@@ -44,11 +44,15 @@ def _init_stat_loggers(
     custom_stat_loggers: list[Any] | None = None,
     **kwargs: Any,
 ) -> None:
-    if wants_compression(vllm_config.additional_config):
+    if _is_ours(vllm_config):
         from vllm_kvcompress.serving.metrics import KVCompressStatLogger
 
         custom_stat_loggers = [KVCompressStatLogger, *(custom_stat_loggers or [])]
     original(self, vllm_config, engine_idxs, custom_stat_loggers, **kwargs)
+
+
+def _is_ours(vllm_config: VllmConfig) -> bool:
+    return wants_compression(vllm_config.additional_config) or uses_store(vllm_config)
 
 
 def attach_to_requests() -> None:

@@ -23,10 +23,10 @@ class StoreOptions(BaseModel):
 
 
 def open_store(url: str) -> Store:
-    """The store at `url`: `file:///var/cache/kv?max_gb=50`, `redis://host:6379/0?ttl_s=86400`,
-    `s3://bucket/prefix`. Raises ValueError with one clear line; a store that is down is no error.
+    """The store at `url`: `file:///var/cache/kv?max_gb=50` (or `/var/cache/kv?max_gb=50`),
+    `redis://host:6379/0?ttl_s=86400`, `s3://bucket/prefix`. Raises ValueError with one clear line; a store that is down is no error.
     """
-    parts = urlsplit(url)
+    parts = urlsplit(f"file://{url}" if url.startswith("/") else url)
     if parts.username or parts.password:
         raise ValueError(
             "store: credentials do not belong in the URL; set REDIS_USERNAME and REDIS_PASSWORD, "
