@@ -6,8 +6,9 @@ import time
 from collections import deque
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
 from queue import Empty, SimpleQueue
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -33,6 +34,14 @@ MB = 1 << 20
 
 class Miss(Exception):
     """A chunk that has to be recomputed; the message is the reason it is counted under."""
+
+
+class Arrived(NamedTuple):
+    """A chunk's bytes, as they came under its key."""
+
+    chunk: int
+    key: str
+    data: bytes
 
 
 class Transfers:
@@ -152,10 +161,10 @@ class Transfers:
     def _load(self, job: Load) -> None:
         good_until = job.first_token
         try:
-            for chunk, data in self._stream(job):
+            for arrived in self._stream(job):
                 begun, first = time.time(), good_until
-                level = self._place(job, chunk, data)
-                ended, good_until = time.time(), (chunk + 1) * self.settings.chunk_tokens
+                level = self._place(job, arrived)
+                ended, good_until = time.time(), (arrived.chunk + 1) * self.settings.chunk_tokens
                 self._decode_s = _smoothed(self._decode_s, ended - begun)
                 self._mark(Event.DECODE, job.request_id, first, good_until, level, begun, ended)
                 self.tally.add("decode_seconds", ended - begun)
@@ -171,9 +180,9 @@ class Transfers:
             if job.request_id in self._on_the_way:
                 self._on_the_way[job.request_id] = time.time()
 
-    def _stream(self, job: Load) -> Iterator[tuple[int, bytes]]:
-        """(chunk, bytes) in order; the next one is fetched while one is decoded."""
-        arrived: SimpleQueue[tuple[int, bytes] | Exception | None] = SimpleQueue()
+    def _stream(self, job: Load) -> Iterator[Arrived]:
+        """Chunks in order; the next one is fetched while one is decoded."""
+        arrived: SimpleQueue[Arrived | Exception | None] = SimpleQueue()
         given_up = threading.Event()
 
         def fetch_all() -> None:
@@ -182,8 +191,8 @@ class Transfers:
                 for i in range(len(job.digests)):
                     if given_up.is_set():
                         return
-                    data = self._fetch(job, i, policy, undecoded=arrived.qsize() + (i > 0))
-                    arrived.put((job.first_chunk + i, data))
+                    waiting = arrived.qsize() + (i > 0)
+                    arrived.put(self._fetch(job, i, policy, undecoded=waiting))
                 arrived.put(None)
             except Exception as error:
                 arrived.put(error)
@@ -208,7 +217,7 @@ class Transfers:
             return RULES[self.settings.rule](job.ttft_s)
         return FixedLevel(max(self.settings.levels))
 
-    def _fetch(self, job: Load, i: int, policy: StreamPolicy, undecoded: int) -> bytes:
+    def _fetch(self, job: Load, i: int, policy: StreamPolicy, undecoded: int) -> Arrived:
         chunk_tokens, per_chunk_s = self.settings.chunk_tokens, self._recompute_s
         rest = job.prompt_tokens - len(job.block_ids) * self.pages.block_tokens
         rates = list(self._rates)
@@ -241,10 +250,11 @@ class Transfers:
         self._rates.append(len(data) / max(ended - begun, 1e-6))
         self._seen_bytes[level] = len(data)
         self.tally.add("loaded_bytes", len(data))
-        return data
+        return Arrived(job.first_chunk + i, key, data)
 
-    def _place(self, job: Load, chunk: int, data: bytes) -> int:
+    def _place(self, job: Load, arrived: Arrived) -> int:
         """Decode one chunk into its blocks, those left out that vLLM has already. Its level."""
+        chunk, key, data = arrived
         try:
             header = parse(data, self._chunk_bytes()).header
             shape = len(self.pages.layers), self.pages.heads, self.pages.head_size
@@ -253,6 +263,7 @@ class Transfers:
                 or header.tokens != self.settings.chunk_tokens
                 or header.key != job.digests[chunk - job.first_chunk]
             ):
+                self._discard(key)
                 raise Miss("of_something_else")
             kv = self.codec.decode(data)
         except WrongVersion as error:
@@ -260,6 +271,7 @@ class Transfers:
         except WrongProfile as error:
             raise Miss("other_profile") from error
         except CorruptChunk as error:
+            self._discard(key)
             raise Miss("corrupt") from error
         block = self.pages.block_tokens
         start = chunk * self.settings.chunk_tokens
@@ -271,6 +283,11 @@ class Transfers:
         self.tally.add("loaded_chunks", label=header.level)
         self.tally.add("loaded_raw_bytes", header.raw_bytes)
         return header.level
+
+    def _discard(self, key: str) -> None:
+        """Of no use to anybody: whoever recomputes the chunk next stores it anew."""
+        with suppress(StoreError):
+            self.store.delete(key)
 
     def _save(self, job: Save, kv: np.ndarray, size: int) -> None:
         try:
@@ -322,8 +339,8 @@ def _smoothed(old: float | None, new: float) -> float:
 
 
 def _get_before(
-    queue: "SimpleQueue[tuple[int, bytes] | Exception | None]", end: float
-) -> tuple[int, bytes] | Exception | None:
+    queue: "SimpleQueue[Arrived | Exception | None]", end: float
+) -> Arrived | Exception | None:
     try:
         return queue.get(timeout=max(0.0, end - time.monotonic()))
     except Empty:
