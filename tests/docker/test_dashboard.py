@@ -5,6 +5,7 @@ import json
 import re
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
@@ -37,7 +38,8 @@ STORE = {name: label for name, (_, label) in COUNTERS.items()} | dict.fromkeys(G
 
 def of_store(registry) -> CacheGenMetrics:
     types = {kind: partial(kind, registry=registry) for kind in (Counter, Gauge, Histogram)}
-    return CacheGenMetrics(None, types, ["model_name", "engine"], {0: ["m", "0"]})
+    config = SimpleNamespace(kv_transfer_config=None)
+    return CacheGenMetrics(config, types, ["model_name", "engine"], {0: ["m", "0"]})
 
 
 @pytest.fixture(scope="module")
