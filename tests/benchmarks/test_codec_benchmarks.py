@@ -161,6 +161,18 @@ def test_recoding_costs_what_is_stored():
     assert size < raw == 2 * x.size
 
 
+def test_zstd_stands_at_the_published_values(kv):
+    from vllm_kvcompress.bench import codec_quality as quality
+
+    found = {way.name: way for way in quality.ways(None, 2, 64)}
+    x = as_floats(kv, "bfloat16")
+    (ours, size), (theirs, more) = (
+        found[n].recode(x) for n in ("published 3", "published 3, zstd")
+    )
+    np.testing.assert_array_equal(ours, theirs)
+    assert size < more < kv.nbytes
+
+
 def test_the_quality_bench_asks_the_untouched_cache_too():
     """bf16 hardly differs from the full cache; noise does."""
     from random import Random
