@@ -227,15 +227,16 @@ def draw(named: Sequence[tuple[str, Sequence[Measured]]], path: Path) -> None:
     figure, panels = charts.panels(len(named), columns=1)
     for axes, (name, results) in zip(panels, named, strict=True):
         at = np.arange(len(results))[::-1]
-        for offset, way, colour in ((0.2, "encode", 0), (-0.2, "decode", 1)):
+        for way, colour in zip(("encode", "decode"), charts.COLOURS, strict=False):
             medians = [Summary.of(getattr(r, f"{way}_mb_s")).median for r in results]
-            axes.barh(at + offset, medians, 0.4, color=charts.COLOURS[colour], label=way)
+            axes.plot(medians, at, "o", color=colour, label=way)
+        axes.grid(axis="y", alpha=0.3)
         threads = (f", {r.threads} threads" if r.threads > 1 else "" for r in results)
         axes.set_yticks(at, [r.what + n for r, n in zip(results, threads, strict=True)])
         axes.set_xscale("log")
         axes.set_xlabel("MB/s of bf16 KV, whole path")
         axes.set_title(name)
-        axes.legend(loc="lower right")
+        axes.legend(loc="upper left")
     figure.set_size_inches(charts.WIDTH, sum(0.8 + 0.24 * len(r) for _, r in named))
     charts.save(figure, path)
 
