@@ -40,6 +40,7 @@ from vllm_kvcompress.transport.profile import Profile
 DEMO_MODEL = Path(__file__).resolve().parent.parent / "vllm_kvcompress/demo_model"
 DTYPE = "bfloat16"
 REPORT_WIDTH = 110
+LMCACHE_EVERY = 10  # it is slow, and sizes hardly differ
 COARSE = Step(0.3, 0.7)  # where the published bins' smallest size is
 
 Recode = Callable[[np.ndarray], tuple[np.ndarray, int]]
@@ -58,8 +59,29 @@ class Way:
     right: int = 0
 
     def to_dict(self) -> dict[str, Any]:
-        fields = {k: v for k, v in vars(self).items() if k != "recode"}
-        return fields | {"bits": float(np.mean(self.bits)), "kl": float(np.mean(self.kl))}
+        return _figures(self)
+
+
+@dataclass
+class Rewritten:
+    """The values of another way in other bytes: only their size is asked, of some prompts."""
+
+    name: str
+    family: str
+    of: Way
+    size: Callable[[np.ndarray], float]  # float KV to bits per element
+    every: int = 1  # of so many prompts one
+    bits: list[float] = field(default_factory=list)
+    kl = property(lambda self: self.of.kl)
+    right = property(lambda self: self.of.right)
+
+    def to_dict(self) -> dict[str, Any]:
+        return _figures(self) | {"values_of": self.of.name, "sizes_of": len(self.bits)}
+
+
+def _figures(way: Way | Rewritten) -> dict[str, Any]:
+    means = {"bits": float(np.mean(way.bits)), "kl": float(np.mean(way.kl))}
+    return {"name": way.name, "family": way.family, **means, "right": way.right}
 
 
 def by_codec(codec: ChunkCodec, level: int, heads: int, chunk_tokens: int) -> Recode:
@@ -92,16 +114,22 @@ def schedule(level: int, layers: int) -> np.ndarray:
     return np.array([published_bins(level, layer) for layer in range(layers)]).T
 
 
-def by_zstd(recode: Recode, level: int, chunk_tokens: int) -> Recode:
-    """The same values as `recode`, at the size that zstd makes of the published symbols."""
+def zstd_size(level: int, chunk_tokens: int) -> Callable[[np.ndarray], float]:
+    def size(kv: np.ndarray) -> float:
+        bins = schedule(level, len(kv))
+        return codec_sizes.zstd_of_symbols(as_bits(kv, DTYPE), chunk_tokens, bins)
 
-    def recoded(kv: np.ndarray) -> tuple[np.ndarray, int]:
-        bits = codec_sizes.zstd_of_symbols(
-            as_bits(kv, DTYPE), chunk_tokens, schedule(level, len(kv))
-        )
-        return recode(kv)[0], round(bits * kv.size / 8)
+    return size
 
-    return recoded
+
+def lmcache_size(
+    lmcache: Lmcache, level: int, heads: int, chunk_tokens: int
+) -> Callable[[np.ndarray], float]:
+    def size(kv: np.ndarray) -> float:
+        bins = schedule(level, len(kv))
+        return 8 * lmcache.code(as_bits(kv, DTYPE), heads, chunk_tokens, bins).bytes / kv.size
+
+    return size
 
 
 def by_steps(steps: Step, heads: int, chunk_tokens: int) -> Recode:
@@ -115,42 +143,41 @@ def by_steps(steps: Step, heads: int, chunk_tokens: int) -> Recode:
     return recode
 
 
-def by_lmcache(lmcache: Lmcache, level: int, heads: int, chunk_tokens: int) -> Recode:
-    def recode(kv: np.ndarray) -> tuple[np.ndarray, int]:
-        coded = lmcache.code(as_bits(kv, DTYPE), heads, chunk_tokens, schedule(level, len(kv)))
-        return as_floats(coded.back, DTYPE), coded.bytes
-
-    return recode
-
-
 def ways(
     profile: Profile | None, heads: int, chunk_tokens: int, lmcache: Lmcache | None = None
-) -> list[Way]:
+) -> list[Way | Rewritten]:
     """Everything that is asked; LMCache's own bytes where its interpreter is given."""
-    codecs = {"ours": ChunkCodec(profile)}
-    codecs["published bins, our coder"] = ChunkCodec(quantiser=Quantiser.PUBLISHED)
-    found = [Way("bf16", "bf16", plain), Way("8-bit", "8-bit", eight_bit)]
-    for family, codec in codecs.items():
-        name = "level" if family == "ours" else "published"
-        found += [
-            Way(f"{name} {n}", family, by_codec(codec, n, heads, chunk_tokens))
-            for n in (LEVELS[1:] if family == "ours" else LOSSY)
-        ]
-    found.append(Way("steps .3, .7", "ours", by_steps(COARSE, heads, chunk_tokens)))
-    for n in LOSSY:
-        recode = by_codec(codecs["published bins, our coder"], n, heads, chunk_tokens)
-        zstd = by_zstd(recode, n, chunk_tokens)
-        found.append(Way(f"published {n}, zstd", "published bins, zstd -3", zstd))
-    if lmcache:
-        found += [
-            Way(f"LMCache {n}", "LMCache", by_lmcache(lmcache, n, heads, chunk_tokens))
-            for n in LOSSY
-        ]
+    fixed, bins = ChunkCodec(profile), ChunkCodec(quantiser=Quantiser.PUBLISHED)
+    published = {
+        n: Way(
+            f"published {n}", "published bins, our coder", by_codec(bins, n, heads, chunk_tokens)
+        )
+        for n in LOSSY
+    }
+    found: list[Way | Rewritten] = [
+        Way("bf16", "bf16", plain),
+        Way("8-bit", "8-bit", eight_bit),
+        *(Way(f"level {n}", "ours", by_codec(fixed, n, heads, chunk_tokens)) for n in LEVELS[1:]),
+        Way("steps .3, .7", "ours", by_steps(COARSE, heads, chunk_tokens)),
+        *published.values(),
+    ]
+    for n, way in published.items():
+        zstd = zstd_size(n, chunk_tokens)
+        found.append(Rewritten(f"{way.name}, zstd -3", "published bins, zstd -3", way, zstd))
+    for n, way in published.items() if lmcache else ():
+        size = lmcache_size(lmcache, n, heads, chunk_tokens)
+        found.append(Rewritten(f"{way.name}, LMCache", "LMCache", way, size, LMCACHE_EVERY))
     return found
 
 
 @torch.inference_mode()
-def ask(reader: Reader, row: Encoded, all_ways: list[Way], chunk_tokens: int) -> bool:
+def ask(
+    reader: Reader,
+    row: Encoded,
+    all_ways: list[Way | Rewritten],
+    chunk_tokens: int,
+    prompt: int = 0,
+) -> bool:
     """Compute the prompt's full chunks, recode them each way, and read the answer off the rest.
 
     Returns whether the untouched cache answers right.
@@ -173,6 +200,10 @@ def ask(reader: Reader, row: Encoded, all_ways: list[Way], chunk_tokens: int) ->
 
     full = answer(flat)
     for way in all_ways:
+        if isinstance(way, Rewritten):
+            if prompt % way.every == 0:
+                way.bits.append(way.size(flat))
+            continue
         values, size_bytes = way.recode(flat)
         said = answer(np.ascontiguousarray(values, np.float32))
         way.bits.append(8 * size_bytes / flat.size)
@@ -217,7 +248,7 @@ def main(
                 task = needle_task(rng, tokens, rng.random())
             else:
                 task = many_facts_task(rng, tokens, 16)
-            full_right += ask(reader, reader.encode(task), all_ways, chunk_tokens)
+            full_right += ask(reader, reader.encode(task), all_ways, chunk_tokens, i)
     table = Table(title=f"{prompts} prompts; the full cache answers {full_right} right")
     table.add_column()
     for column in ("bits", "x bf16", "KL", "right", "of the full cache"):
@@ -236,7 +267,7 @@ def main(
         write_report(json, threads, parameters, full_right=full_right, ways=results)
 
 
-def draw(all_ways: list[Way], full_right: int, path: Path) -> None:
+def draw(all_ways: list[Way | Rewritten], full_right: int, path: Path) -> None:
     """Bits against KL, and against the share of the full cache's right answers."""
     figure, (kl, right) = charts.panels(2, columns=1)
     for i, family in enumerate(dict.fromkeys(way.family for way in all_ways)):

@@ -161,16 +161,22 @@ def test_recoding_costs_what_is_stored():
     assert size < raw == 2 * x.size
 
 
-def test_zstd_stands_at_the_published_values(kv):
-    from vllm_kvcompress.bench import codec_quality as quality
+def test_other_bytes_of_the_same_values_are_only_sized():
+    from random import Random
 
-    found = {way.name: way for way in quality.ways(None, 2, 64)}
-    x = as_floats(kv, "bfloat16")
-    (ours, size), (theirs, more) = (
-        found[n].recode(x) for n in ("published 3", "published 3, zstd")
-    )
-    np.testing.assert_array_equal(ours, theirs)
-    assert size < more < kv.nbytes
+    from vllm_kvcompress.bench import codec_quality as quality
+    from vllm_kvcompress.bench.demo_model.language import needle_task
+
+    published = quality.Way("bf16", "", quality.plain)
+    every = quality.Rewritten("all", "", published, lambda kv: 3.0)
+    second = quality.Rewritten("some", "", published, lambda kv: 2.0, every=2)
+    reader = quality.Reader(Path(quality.DEMO_MODEL))
+    for i in range(3):
+        row = reader.encode(needle_task(Random(i), 300, 0.3))
+        quality.ask(reader, row, [published, every, second], 128, i)
+    assert every.bits == [3.0] * 3 and second.bits == [2.0] * 2
+    assert every.to_dict()["kl"] == published.to_dict()["kl"]
+    assert second.to_dict()["sizes_of"] == 2
 
 
 def test_the_quality_bench_asks_the_untouched_cache_too():
