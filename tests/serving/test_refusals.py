@@ -192,9 +192,7 @@ def test_the_same_arguments_can_be_configured_twice() -> None:
 
 
 def test_group_layers_that_do_not_divide_the_model_are_refused() -> None:
-    args = engine_args(
-        additional_config={"kv_compress": {"preset": "windowkv", "group_layers": 3}}
-    )
+    args = engine_args(additional_config={"kv_compress": {"preset": "windowkv", "group_layers": 3}})
     with pytest.raises(StartupError, match="group_layers=3 does not divide the model's 4 layers"):
         args.create_engine_config()
 

@@ -65,9 +65,7 @@ class HeadBatch:
         starts = query_start[rows]
         counts = query_start[rows + 1] - starts
         return HeadBatch(
-            sequences=_sequences(
-                tuple(rows), tuple(starts), tuple(counts), heads=tables.num_heads
-            ),
+            sequences=_sequences(tuple(rows), tuple(starts), tuple(counts), heads=tables.num_heads),
             seq_lens=(tables.kept[:, chosen] + tails[:, None]).flatten(1),
             _tables=tables,
             _slots=chosen,
