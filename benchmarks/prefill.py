@@ -213,10 +213,11 @@ def plot(
     for axis in (times, gains):
         log_sizes(axis, (point.prompt_tokens for point in grid.samples), "prompt tokens")
     times.set_ylabel("ms to the first token")
-    gains.set_ylabel("x plain; dotted: FLOPs, dashed: timed")
+    gains.set_ylabel("x plain vLLM")
     gains.set_ylim(bottom=0)
     times.legend(frameon=False)
-    save(figure, path, caption)
+    says = "; dotted: what FLOPs say, dashed: timed FLOPs" if prediction else ""
+    save(figure, path, caption + says)
 
 
 @contextmanager
@@ -344,8 +345,7 @@ def main(
     of = model or f"a Llama of {layers} layers of width {hidden}, random weights"
     caption = (
         f"{of}, {'eager' if eager else 'compiled'}; {'CPU time of ' if cpu_time else ''}"
-        f"{threads} thread(s) of {cpu_model()}; median "
-        f"and range of {rounds} rounds"
+        f"{threads} thread(s) of {cpu_model()}; median and range of {rounds} rounds"
     )
     plot(rows, grid, prediction, picture, caption)
     write_report(
@@ -353,6 +353,7 @@ def main(
         threads,
         {
             **asdict(spec),
+            "model": of,
             "rounds": rounds,
             "cpu_time": cpu_time,
             "decoder": asdict(decoder) if decoder else None,
