@@ -44,6 +44,8 @@ CURRICULUM = (
 class Deepener(Trainer):
     """A trainer that starts from a shallower model's weights."""
 
+    stored = torch.bfloat16
+
     def __init__(self, seed: int, base: Path) -> None:
         super().__init__(seed, CURRICULUM, DEEP)
         expand(self.network, load_file(base / "model.safetensors"))
@@ -82,7 +84,7 @@ def deepen(
         "vllm_kvcompress/demo_model"
     ),
     out: Annotated[Path, typer.Option(help="Folder of the loadable model.")] = Path(
-        "build/demo_model_deep"
+        "vllm_kvcompress/demo_model_deep"
     ),
     work: Annotated[
         Path, typer.Option(help="Folder of the training state; a run found here is continued.")

@@ -149,6 +149,8 @@ class Encoder:
 class Trainer:
     """Network, optimizer and progress, with everything needed to go on after an interruption."""
 
+    stored = torch.float32
+
     def __init__(
         self, seed: int, curriculum: tuple[Phase, ...], shape: Shape | None = None
     ) -> None:
@@ -263,7 +265,7 @@ class Trainer:
         with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".demo_model-") as temporary:
             fresh = Path(temporary)
             save_tokenizer(fresh)
-            export(self.network, fresh)
+            export(self.network, fresh, self.stored)
             (fresh / "training.json").write_text(json.dumps(self.summary(), indent=2) + "\n")
             for path in fresh.iterdir():
                 path.chmod(0o644)

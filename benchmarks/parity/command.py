@@ -13,7 +13,7 @@ from tqdm import tqdm
 from vllm_kvcompress.bench.engine import BLOCK_TOKENS, MODEL
 from vllm_kvcompress.bench.harness import Summary, Verdict, model_name, write_report
 from vllm_kvcompress.bench.options import ListCommand
-from vllm_kvcompress.bench.quality.ask import BenchError
+from vllm_kvcompress.bench.quality.ask import Ask, BenchError
 from vllm_kvcompress.bench.quality.case import Case
 from vllm_kvcompress.bench.quality.command import Options, Policies, encoded
 from vllm_kvcompress.bench.quality.encode import LocalEncoder
@@ -121,6 +121,13 @@ def main(
         raise typer.Exit(DIFFERENT)
 
 
+@dataclass(frozen=True)
+class _Asked:
+    preset: Preset
+    case: Case
+    ask: Ask
+
+
 def compare(
     model: str,
     presets: Sequence[Preset],
@@ -134,64 +141,67 @@ def compare(
     """Ask the engine, then the dense model, and put their answers side by side.
 
     Raises:
-        BenchError: the engine cannot start.
-        ValueError: a preset that is neither FastKV nor WindowKV.
+        BenchError: the engine cannot start, or no case can reach the budget.
+        ValueError: an unknown task, or a length too short for it.
     """
+    encoder = LocalEncoder(model)
+    made = make_cases(
+        tasks, [length], [], n, seed, lambda text: len(encoder.plain_ids(text, False))
+    )
+    cases, prompts, longest = encoded(made, encoder)
+    own = {preset.name: preset for preset in presets}
+    plan = Plan(cases, prompts, [False], BLOCK_TOKENS, own)
+    rows = {name: Row(name, "preset", budget) for name in own}
+    wished = [(p, case, plan.ask(case, rows[p.name], False)) for p in presets for case in cases]
+    asked = [_Asked(preset, case, ask) for preset, case, ask in wished if ask is not None]
+    if not asked:
+        raise BenchError(f"no prompt of {length} tokens can hold {budget:.1%}: give a longer one")
+    policies = Policies([budget], own, own)
+    options = Options(
+        model, "float32", "", threads, AT_ONCE, BLOCK_TOKENS, 0, policies, peers=[], fp8=False
+    )
+    with options.engine("vLLM with kv-compress", longest) as engine:
+        answers = engine.answers([each.ask for each in asked])
+        ours = [answer.text for answer in tqdm(answers, desc="engine", total=len(asked))]
+    theirs = _dense_answers(model, asked, ours, encoder, threads)
+    found = []
+    for name in own:
+        for task in dict.fromkeys(case.task for case in cases):
+            of = [i for i, a in enumerate(asked) if (a.preset.name, a.case.task) == (name, task)]
+            group = Group(task, length, False)
+            ours_cell, theirs_cell = (
+                Cell(
+                    group,
+                    rows[name],
+                    len(of),
+                    {asked[i].case.key: score(asked[i].case, said[i]) for i in of},
+                )
+                for said in (ours, theirs)
+            )
+            if of:
+                said = [(ours[i], theirs[i]) for i in of]
+                found.append(Parity(name, task, said, Pairing(ours_cell, theirs_cell)))
+    return found
+
+
+def _dense_answers(
+    model: str, asked: Sequence[_Asked], drafts: Sequence[str], encoder: LocalEncoder, threads: int
+) -> list[str]:
     import torch
 
     from vllm_kvcompress.bench.parity.dense import Dense
     from vllm_kvcompress.bench.parity.methods import FastKV, WindowKV
 
-    encoder = LocalEncoder(model)
-    made = make_cases(tasks, [length], [], n, seed, lambda text: 0)
-    cases, prompts, longest = encoded(made, encoder)
-    own = {preset.name: preset for preset in presets}
-    options = Options(
-        model=model,
-        dtype="float32",
-        url="",
-        threads=threads,
-        at_once=AT_ONCE,
-        block_tokens=BLOCK_TOKENS,
-        cache_blocks=0,
-        policies=Policies([budget], own, own),
-        peers=[],
-        fp8=False,
-    )
-    plan = Plan(cases, prompts, [False], BLOCK_TOKENS, own)
-    rows = {preset.name: Row(preset.name, "preset", budget) for preset in presets}
-    asked: list[tuple[Preset, Case, int]] = []
-    asks = []
-    for preset in presets:
-        for case in cases:
-            if (ask := plan.ask(case, rows[preset.name], False)) is not None:
-                asked.append((preset, case, ask.held_tokens))
-                asks.append(ask)
-    with options.engine("vLLM with kv-compress", longest) as engine:
-        texts = [a.text for a in tqdm(engine.answers(asks), total=len(asks), desc="engine")]
     torch.set_num_threads(threads)
-    dense = Dense(model)
-    said: dict[tuple[str, str], list[tuple[str, str]]] = {}
-    scores: dict[tuple[str, str], tuple[dict[str, float], dict[str, float]]] = {}
-    bar = tqdm(zip(asked, texts, strict=True), total=len(texts), desc="dense model")
-    for (preset, case, held), text in bar:
-        maker = WindowKV if preset.scorer.name == "windows" else FastKV
-        method = maker.of(preset, dense.layers, held, BLOCK_TOKENS)
-        prompt = prompts[case.key]
-        draft = encoder.plain_ids(text, False)
-        ids = dense.answer(list(prompt.token_ids), method, draft, prompt.max_tokens)
-        theirs = encoder.tokenizer.decode(ids, skip_special_tokens=True)
-        where = preset.name, case.task
-        said.setdefault(where, []).append((text, theirs))
-        engine_scores, dense_scores = scores.setdefault(where, ({}, {}))
-        engine_scores[case.key] = score(case, text)
-        dense_scores[case.key] = score(case, theirs)
-    out = []
-    for (name, task), pairs in said.items():
-        group = Group(task, length, False)
-        ours, theirs_ = (Cell(group, rows[name], len(pairs), each) for each in scores[name, task])
-        out.append(Parity(name, task, pairs, Pairing(ours, theirs_)))
-    return out
+    dense, said = Dense(model), []
+    for each, draft in tqdm(zip(asked, drafts, strict=True), desc="dense", total=len(asked)):
+        maker = WindowKV if each.preset.scorer.name == "windows" else FastKV
+        method = maker.of(each.preset, dense.layers, each.ask.held_tokens, BLOCK_TOKENS)
+        prompt = each.ask.prompt
+        guess = encoder.plain_ids(draft, False)
+        ids = dense.answer(list(prompt.token_ids), method, guess, prompt.max_tokens)
+        said.append(encoder.tokenizer.decode(ids, skip_special_tokens=True))
+    return said
 
 
 def _preset(name_or_file: str) -> Preset:

@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import AttentionInterface, AutoModelForCausalLM, AutoTokenizer, DynamicCache
+from transformers import AttentionInterface, AutoModelForCausalLM, DynamicCache
 
 from vllm_kvcompress.bench.parity.methods import Method
 
@@ -21,7 +21,6 @@ class Dense:
 
     def __init__(self, folder: str | Path) -> None:
         AttentionInterface.register(ATTENTION, self._attend)
-        self.tokenizer: Any = AutoTokenizer.from_pretrained(folder)
         self._model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
         self._model.set_attn_implementation(ATTENTION)
         self.layers: int = self._model.config.num_hidden_layers
