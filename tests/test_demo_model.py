@@ -6,20 +6,15 @@ from pathlib import Path
 from random import Random
 
 import pytest
-import torch
-from safetensors.torch import load_file
 
 from vllm_kvcompress import accounting
 from vllm_kvcompress.bench.demo_model import language
 from vllm_kvcompress.bench.demo_model.card import EXAMPLE, depth_table, render_card
-from vllm_kvcompress.bench.demo_model.deepen import ADDED, DEEP, LOOK_UP, expand
 from vllm_kvcompress.bench.demo_model.evaluate import Reader, measure
-from vllm_kvcompress.bench.demo_model.network import Network, Shape
 from vllm_kvcompress.bench.demo_model.tokenizer import ATTACHED, build_tokenizer, vocabulary
 from vllm_kvcompress.bench.demo_model.words import WORDS
 
 MODEL = Path(accounting.__file__).parent / "demo_model"
-DEEP_MODEL = MODEL.with_name("demo_model_deep")
 TEXTS = (
     "The code of amber is river seven stone. What is the code of amber?",
     "  Grüße, 日本語 🎉\tand a tab,\r\n\n two  spaces and no end",
@@ -158,43 +153,3 @@ def test_the_example_of_the_card_is_answered_and_generation_stops(reader):
     out = reader.model.generate(ids, max_new_tokens=16)[0, ids.shape[1] :]
     assert reader.tokenizer.decode(out, skip_special_tokens=True).strip() == "river seven stone."
     assert out[-1] == reader.tokenizer.eos_token_id
-
-
-def test_silent_layers_change_nothing_until_they_are_trained():
-    base, deep = Network(Shape()), Network(DEEP)
-    weights = load_file(MODEL / "model.safetensors")
-    for name, parameter in base.named_parameters():
-        parameter.data.copy_(weights[f"model.{name}"][: len(parameter)])
-    expand(deep, weights)
-    ids = torch.randint(20, 800, (2, 40), generator=torch.Generator().manual_seed(0))
-    rest = torch.ones(2, 40), torch.arange(40).expand(2, 40), torch.ones(2, 40, dtype=torch.bool)
-    with torch.no_grad():
-        torch.testing.assert_close(deep(ids, *rest), base(ids, *rest))
-        deep.layers[ADDED[0]].self_attn.o_proj.weight += 0.1
-        assert (deep(ids, *rest) - base(ids, *rest)).abs().max() > 0.1
-
-
-def test_the_deep_model_looks_up_at_mid_depth_and_above_it():
-    """Either alone is enough; without both nothing is found."""
-    reader = Reader(DEEP_MODEL)
-    rng = Random(11)
-    rows = [reader.encode(language.needle_task(rng, 512, rng.random())) for _ in range(12)]
-    layers = reader.model.model.layers
-
-    def right_without(*muted: int) -> int:
-        outputs = [layers[layer].self_attn.o_proj.weight for layer in muted]
-        kept = [weight.data for weight in outputs]
-        for weight in outputs:
-            weight.data = torch.zeros_like(weight)
-        right = sum(reader.is_exact(rows))
-        for weight, data in zip(outputs, kept, strict=True):
-            weight.data = data
-        return right
-
-    assert LOOK_UP[0] < len(layers) // 2 - 1 == LOOK_UP[1]
-    assert min(right_without(), right_without(LOOK_UP[0]), right_without(*ADDED)) >= 11
-    assert right_without(*LOOK_UP) <= 1
-
-
-def test_the_deep_model_is_small_enough_to_ship():
-    assert sum(path.stat().st_size for path in DEEP_MODEL.iterdir()) <= 8_000_000

@@ -149,8 +149,6 @@ class Encoder:
 class Trainer:
     """Network, optimizer and progress, with everything needed to go on after an interruption."""
 
-    stored = torch.float32
-
     def __init__(
         self, seed: int, curriculum: tuple[Phase, ...], shape: Shape | None = None
     ) -> None:
@@ -265,7 +263,7 @@ class Trainer:
         with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".demo_model-") as temporary:
             fresh = Path(temporary)
             save_tokenizer(fresh)
-            export(self.network, fresh, self.stored)
+            export(self.network, fresh)
             (fresh / "training.json").write_text(json.dumps(self.summary(), indent=2) + "\n")
             for path in fresh.iterdir():
                 path.chmod(0o644)
