@@ -4,7 +4,15 @@ from importlib.util import find_spec
 
 import typer
 
-from vllm_kvcompress.bench import attention, prefill, reuse, serve, throughput
+from vllm_kvcompress.bench import (
+    attention,
+    codec,
+    prefill,
+    reuse,
+    serve,
+    stream,
+    throughput,
+)
 from vllm_kvcompress.bench.options import ListCommand
 from vllm_kvcompress.bench.parity import command as parity
 from vllm_kvcompress.bench.quality import command as quality
@@ -39,4 +47,7 @@ app.command("serve", cls=ListCommand)(serve.main)
 app.command("attention", cls=ListCommand)(attention.main)
 app.command("prefill", cls=ListCommand)(prefill.main)
 app.command("reuse")(reuse.main)
+app.command("codec")(codec.main)
+app.command("reuse")(reuse.main)
+app.command("stream", cls=ListCommand)(stream.main)
 app.command("report")(report.main)

@@ -47,7 +47,6 @@ COLUMNS = (
     "held",
     "first token ms",
     "ours ms",
-    "of the rest",
     "x plain",
     "FLOPs say",
     "timed FLOPs say",
@@ -122,8 +121,7 @@ def table(
                     *where,
                     f"{row.held_share(n, grid.cache_blocks):.1%}",
                     f"{Summary.of(1e3 * r.wall_s for r in samples[row.name]).median:,.1f}",
-                    _ours_ms(steps) if steps else "-",
-                    f"{Summary.of(map(compression_over_rest, steps)).median:.1%}" if steps else "-",
+                    _ours(steps) if steps else "-",
                     ratio.text(2),
                     *(f"{s:.2f} ({ratio.median / s:.0%})" if s else "-" for s in says),
                 ]
@@ -135,8 +133,8 @@ def table(
         lines,
         " ".join(
             [
-                f"Medians of {rounds} rounds. ours: selecting, scoring, choosing, copying; of the "
-                "rest: over the prefill without it. x plain, with its range: above 1 is sooner. "
+                f"Medians of {rounds} rounds. ours: selecting, scoring, choosing, copying, and "
+                "its share of the rest of the prefill. x plain, with its range: above 1 is sooner. "
                 "FLOPs say: plain vLLM's operations over the row's (how much of it was reached); "
                 "timed: at the cost of linear layers and of attention in plain vLLM's times here.",
                 *refusals,
@@ -145,10 +143,10 @@ def table(
     )
 
 
-def _ours_ms(steps: Sequence[Step]) -> str:
+def _ours(steps: Sequence[Step]) -> str:
     labels = COMPRESSION, PROPAGATION
     ours = Summary.of(1e3 * sum(step.seconds.get(one, 0.0) for one in labels) for step in steps)
-    return f"{ours.median:.2f}"
+    return f"{ours.median:.2f} ({Summary.of(map(compression_over_rest, steps)).median:.1%})"
 
 
 def verdicts(rows: Sequence[Variant], grid: Grid, prediction: Prediction | None) -> list[Verdict]:
@@ -288,7 +286,7 @@ def main(
     * **first token ms**: from submitting the prompt to its first token. **x plain**: plain
       vLLM's time over the row's, round by round: 0.95 is 5 % later.
     * **ours ms**: selecting, scoring, choosing and copying, taken with stopwatches in an engine of
-      its own afterwards (as `bench overhead` does); **of the rest**: over the prefill without it.
+      its own afterwards (as `bench overhead` does), and its share of the rest of the prefill.
     * **FLOPs say**: plain vLLM's floating-point operations over the row's: projections, MLP,
       causal attention, the head. **timed FLOPs say**: the same with linear layers and attention
       counted at what each costs here, fitted to plain vLLM's times over the lengths.

@@ -31,6 +31,7 @@ LAST_WORD = 9000  # most vocabularies are larger
 AT_MOST = 0.5
 TIMEOUT_S = 300.0
 SETTLE_S = 120.0
+STATS = "/v1/kv_compress/stats"
 STORED = "vllm:cachegen_stored_chunks_total"
 COLUMNS = ("second server", "first token ms", "x recompute", "answers as recomputed")
 PARTS = ("waiting", "fetching", "decoding", "computing the rest")
@@ -101,7 +102,7 @@ class Client:
     def last_timeline(self) -> dict[str, Any]:
         """Of the last request that was loaded for; empty on a server that tells none."""
         self.ask([FIRST_WORD], tokens=1)
-        stats = self._http.get("/v1/kv_compress/stats")
+        stats = self._http.get(STATS)
         told = stats.json().get("cachegen_timelines") if stats.is_success else None
         return told[-1] if told else {}
 

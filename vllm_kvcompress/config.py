@@ -78,6 +78,8 @@ class EngineConfig(StrictModel):
     tsp_max_inflight_tokens: prompt tokens of all requests whose deep layers still wait for
         their last chunk; their hidden states take memory from the cache. None: the context
         length where the model allows TSP; 0: no TSP.
+    task_classifier: what tells the class of a task where a request leaves it to us: the id or
+        folder of a Hugging Face sequence classifier; None: the shipped one.
     test_force_arena: for tests only; sends every prompt through an arena, even at rate 1, and
         through token-selective propagation, even if that selects all tokens.
     """
@@ -86,6 +88,7 @@ class EngineConfig(StrictModel):
     cachegen: dict[str, Any] | None = None
     presets: dict[str, Preset] = Field(default_factory=dict)
     tsp_max_inflight_tokens: int | None = Field(default=None, ge=0, le=2**31)
+    task_classifier: str | None = Field(default=None, min_length=1, max_length=1024)
     test_force_arena: bool = False
 
     @model_validator(mode="after")

@@ -111,8 +111,8 @@ def test_compressing_five_times_as_slow_is_caught():
 def test_a_row_per_length_and_variant_with_the_ratio_to_plain_last():
     shown = table(ROWS, grid(), {(512, "rate 8"): STEPS}, None, rounds=3)
     assert [row[:2] for row in shown.rows[:3]] == [["512", PLAIN], ["512", OFF], ["512", "rate 8"]]
-    assert shown.rows[2][2:] == ["12.5%", "105.0", "5.00", "5.0%", "0.95", "-", "-"]
-    assert shown.rows[5][4:6] == ["-", "-"]  # no stopwatches at that length
+    assert shown.rows[2][2:] == ["12.5%", "105.0", "5.00 (5.0%)", "0.95", "-", "-"]
+    assert shown.rows[5][4] == "-"  # no stopwatches at that length
     refused = Grid({SHORT: {PLAIN: [Round(wall_s=1)]}}, {OFF: "no memory"}, cache_blocks=40)
     shown = table(ROWS, refused, {}, None, rounds=1)
     assert shown.rows[1][2] == "refused" and "off: no memory" in shown.note

@@ -10,6 +10,7 @@ from typing import Any
 
 import vllm
 from vllm.config import VllmConfig
+from vllm.logger import init_logger
 from vllm.platforms import current_platform
 
 from vllm_kvcompress.config import EngineConfig, StartupError, parse_engine_config
@@ -22,11 +23,14 @@ from vllm_kvcompress.engine.refusals import (
     refuse_version,
 )
 from vllm_kvcompress.policy.registry import build
+from vllm_kvcompress.policy.task_models import SequenceClassifier, task_classifier
 
 CPU_BLOCK_TOKENS = 32
 CPU_WORKER = "vllm_kvcompress.engine.cpu.KVCompressCPUWorker"
 SCHEDULER = "vllm_kvcompress.engine.scheduler.KVCompressScheduler"
 ASYNC_SCHEDULER = "vllm_kvcompress.engine.scheduler.KVCompressAsyncScheduler"
+
+logger = init_logger(__name__)
 
 
 def configured(
@@ -69,8 +73,12 @@ def _checked(raw: Any) -> EngineConfig:
         for preset in config.known_presets().values():
             for variant in preset.variants():
                 build(variant)
+        classifier = task_classifier(config.task_classifier)
     except ValueError as error:
         raise StartupError(" ".join(str(error).split())) from None
+    if isinstance(classifier, SequenceClassifier):
+        milliseconds = 1e3 * classifier.seconds()
+        logger.info("kv-compress: task_classifier takes %.0f ms for a long prompt", milliseconds)
     return config
 
 

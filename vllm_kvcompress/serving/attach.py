@@ -1,9 +1,10 @@
 """Wrappers that exist only once an engine with compression, or a store, is configured here.
 
     InputProcessor._build_logits_processors_params_validator   a request's knobs are checked
+    InputProcessor.process_inputs                              the class of its task is told
     StatLoggerManager.__init__                                 our figures leave vLLM's statistics
 
-Both ask the `VllmConfig` they are given, so another engine in the process is not affected. And
+All ask the `VllmConfig` they are given, so another engine in the process is not affected. And
 in an API server of such an engine:
 
     ChatCompletionRequest.to_beam_search_params                knobs are refused there
@@ -22,8 +23,9 @@ from vllm_kvcompress.wrapping import wrap
 
 
 def attach() -> None:
-    """Install the two wrappers, once."""
+    """Install the three wrappers, once."""
     wrap(InputProcessor, "_build_logits_processors_params_validator", _build_validator)
+    wrap(InputProcessor, "process_inputs", _process_inputs)
     wrap(StatLoggerManager, "__init__", _init_stat_loggers)
 
 
@@ -34,6 +36,18 @@ def _build_validator(original: Callable[..., Any], self: InputProcessor) -> Call
     from vllm_kvcompress.serving.validation import RequestCheck
 
     return RequestCheck(self.vllm_config, then=validate)
+
+
+def _process_inputs(
+    original: Callable[..., Any], self: InputProcessor, *args: Any, **kwargs: Any
+) -> Any:
+    request = original(self, *args, **kwargs)
+    check: Any = self.validate_logits_processors_params
+    if _is_ours(self.vllm_config) and check.config is not None:
+        from vllm_kvcompress.serving.prompt_tasks import tell_task
+
+        tell_task(check.config, request, self.tokenizer)
+    return request
 
 
 def _init_stat_loggers(

@@ -40,7 +40,7 @@ class RequestCheck:
     def __init__(self, vllm_config: VllmConfig, then: Callable[[Any], None]) -> None:
         additional = vllm_config.additional_config
         compresses = wants_compression(additional)
-        self._config = parse_engine_config(additional["kv_compress"]) if compresses else None
+        self.config = parse_engine_config(additional["kv_compress"]) if compresses else None
         self._has_store = uses_store(vllm_config)
         self._max_tokens = vllm_config.model_config.max_model_len
         self._model_name = vllm_config.model_config.served_model_name
@@ -50,8 +50,8 @@ class RequestCheck:
     def __call__(self, params: Any) -> None:
         """Raise `RefusedKnob` naming the key, the value and what is allowed."""
         try:
-            if self._config is not None:
-                settings = self._config.request_settings(params.extra_args, self._max_tokens)
+            if self.config is not None:
+                settings = self.config.request_settings(params.extra_args, self._max_tokens)
                 _refuse_prompt_logprobs(params, settings)
             knobs_of(params.extra_args, self._has_store)
         except KnobError as error:

@@ -48,6 +48,5 @@ class ConnectorSettings(BaseModel):
             what = error.errors()[0]
             name = ".".join(map(str, what["loc"])) or "?"
             raise ValueError(
-                f"CacheGen's settings: {name}: {what['msg']}"
-                f" (known: {', '.join(cls.model_fields)})"
+                f"CacheGen's settings: {name}: {what['msg']} (known: {', '.join(cls.model_fields)})"
             ) from None

@@ -40,7 +40,7 @@ TIMELINE = "timeline"
 
 @dataclass
 class CacheGenStats(KVConnectorStats):
-    """`data` maps a counter's name, or `name:label`, to what it grew by, and `timeline` to marks."""
+    """`data` maps a counter's name, or `name:label`, to what it grew by; `timeline` to marks."""
 
     def reset(self) -> None:
         self.data = {}

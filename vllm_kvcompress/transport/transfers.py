@@ -150,9 +150,7 @@ class Transfers:
                 level = self._place(job, chunk, data)
                 ended, good_until = time.time(), (chunk + 1) * self.settings.chunk_tokens
                 self._decode_s = _smoothed(self._decode_s, ended - begun)
-                self._mark(
-                    Event.DECODE, job.request_id, first, good_until, level, begun, ended
-                )
+                self._mark(Event.DECODE, job.request_id, first, good_until, level, begun, ended)
                 self.tally.add("decode_seconds", ended - begun)
         except Miss as miss:
             self._count_rest(job, good_until, str(miss))
