@@ -149,14 +149,10 @@ class Encoder:
 class Trainer:
     """Network, optimizer and progress, with everything needed to go on after an interruption."""
 
-    stored = torch.float32
-
-    def __init__(
-        self, seed: int, curriculum: tuple[Phase, ...], shape: Shape | None = None
-    ) -> None:
+    def __init__(self, seed: int, curriculum: tuple[Phase, ...]) -> None:
         torch.manual_seed(seed)
         self.seed, self.curriculum = seed, curriculum
-        self.network = Network(shape or Shape())
+        self.network = Network(Shape())
         matrices = [p for p in self.network.parameters() if p.dim() > 1]
         vectors = [p for p in self.network.parameters() if p.dim() == 1]
         self.optimizer = torch.optim.AdamW(
@@ -265,7 +261,7 @@ class Trainer:
         with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".demo_model-") as temporary:
             fresh = Path(temporary)
             save_tokenizer(fresh)
-            export(self.network, fresh, self.stored)
+            export(self.network, fresh)
             (fresh / "training.json").write_text(json.dumps(self.summary(), indent=2) + "\n")
             for path in fresh.iterdir():
                 path.chmod(0o644)
@@ -295,23 +291,19 @@ def train(
     last saved in --work.
     """
     torch.set_num_threads(threads)
-    run(Trainer(seed, CURRICULUM), out, work, stop_after_s)
-
-
-def run(trainer: Trainer, out: Path, work: Path, stop_after_s: float) -> None:
-    """Train until the curriculum or the time ends, from the state in `work` if there is one."""
     work.mkdir(parents=True, exist_ok=True)
+    trainer = Trainer(seed, CURRICULUM)
     if (work / "state.safetensors").exists():
         trainer.load(work)
     trainer.publish(out)
     started = saved = time.monotonic()
     while not trainer.done and time.monotonic() - started < stop_after_s:
         index = trainer.progress["phase"]
-        phase = trainer.curriculum[index]
+        phase = CURRICULUM[index]
         bar = tqdm(
             total=trainer.steps_of(phase) * phase.batch_tokens,
             initial=trainer.progress["step"] * phase.batch_tokens,
-            desc=f"{index + 1}/{len(trainer.curriculum)} {phase.name}",
+            desc=f"{index + 1}/{len(CURRICULUM)} {phase.name}",
             unit="tok",
             unit_scale=True,
             mininterval=10,

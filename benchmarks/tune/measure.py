@@ -79,6 +79,9 @@ def try_all(
     Args:
         agree: from `read_overlaps`.
         answers: a file where they are kept; what is in it already is not asked again.
+
+    Raises:
+        BenchError: the engine cannot start, or there is nothing to compare.
     """
     candidates = sweep.candidates()
     presets = {each.label: each.of(asked.preset) for each in candidates}
@@ -105,4 +108,11 @@ def try_all(
     for each in candidates:
         rows = [plain, Row(presets[each.label].name, "preset", asked.budget)]
         out.append(tried(each, agree, cells(found.cases, rows, [False], outcomes, {})))
+    if not all(each.against_full for each in out):
+        raise BenchError(
+            f"pages of {asked.block_tokens} tokens cannot hold {asked.budget:.1%} of prompts of "
+            f"{asked.length} tokens: give a longer --length"
+        )
+    if not out[0].full:
+        raise BenchError("the model answers none of these prompts with its full cache")
     return out

@@ -123,6 +123,7 @@ def test_the_demo_model_is_told_to_select_after_its_third_layer(tmp_path) -> Non
         (["tsp-layer", "--layers", "3"], "tsp_layer=3 leaves no layer above it"),
         (["group-layers", "--preset", "nothing.yaml"], "cannot read preset file nothing.yaml"),
         (["group-layers", "--model", "./nowhere"], "cannot load './nowhere'"),
+        (["tsp-layer", "--n", "1", "--tasks", "span", "--length", "20000"], "no prompt fits"),
     ],
 )
 def test_what_cannot_be_tuned_is_said_in_one_line(given, says) -> None:

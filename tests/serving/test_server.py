@@ -223,6 +223,12 @@ BAD = {
         "kv_compress_task",
         "localization, aggregation, auto",
     ),
+    "task as a number": ('{"kv_compress": "windowkv", "kv_compress_task": 1}', "task", "auto"),
+    "tsp_rate of a request": (
+        '{"kv_compress": "tsp", "kv_compress_tsp_rate": 0}',
+        "kv_compress_tsp_rate",
+        "known: kv_compress,",
+    ),
     "task of a preset without": ('{"kv_compress_task": "auto"}', "kv_compress_task", "windowkv"),
     "knob of 100 KB": (f'{{"kv_compress_{NOVEL}": 8}}', "kv_compress_x", "100012 characters"),
     "store's level": ('{"cachegen_level": 9}', "cachegen_level", "9 is not allowed: give a whole"),
@@ -267,6 +273,24 @@ def test_requests_choose_among_all_presets_of_one_server(client) -> None:
     for xargs in asked:
         said = chat(client, tokens=600, **xargs)
         assert said.choices[0].message.content is not None
+
+
+@pytest.mark.parametrize("preset", ["tsp", "fastkv", "fastkv-constant", "windowkv", "snapkv"])
+def test_prompts_shorter_than_windows_and_questions_are_answered(client, preset) -> None:
+    """The windows have 8 to 32 tokens, the prompts 1 to 40."""
+    for prompt in ([20], list(range(20, 27)), list(range(20, 60))):
+        for question in (0, 7, 4096):
+            answer = client.completions.create(
+                model="demo",
+                prompt=prompt,
+                max_tokens=3,
+                temperature=0,
+                extra_body={
+                    "ignore_eos": True,
+                    "vllm_xargs": {"kv_compress": preset, "kv_compress_question": question},
+                },
+            )
+            assert answer.usage.completion_tokens == 3
 
 
 def test_prompt_logprobs_of_a_propagated_prompt_are_a_400(client) -> None:
