@@ -5,7 +5,7 @@ was asked, what is allowed and how to mend it.
 """
 
 from collections.abc import Mapping
-from typing import Any, TypeGuard, cast
+from typing import Any, Literal, TypeGuard, cast
 
 from pydantic import Field, ValidationError, model_validator
 
@@ -44,6 +44,8 @@ REFUSAL_REASONS = (
     "tsp_prompt_logprobs",
 )
 AUTO = "auto"
+ATTENTION_ENGINES = ("cpu", "flash_attn", "triton", "flashinfer", "xformers")
+AttentionEngineName = Literal["auto", "cpu", "flash_attn", "triton", "flashinfer", "xformers"]
 UNKNOWN_TASK: Task = "localization"  # of prompts without text
 
 
@@ -64,6 +66,8 @@ class EngineConfig(StrictModel):
     tsp_max_inflight_tokens: prompt tokens of all requests whose deep layers still wait for
         their last chunk; their hidden states take memory from the cache. None: the context
         length where the model allows TSP; 0: no TSP.
+    attention_engine: whose kernel reads compressed requests; "auto" takes the first of
+        `ATTENTION_ENGINES` that runs here.
     test_force_arena: for tests only; sends every prompt through an arena, even at rate 1, and
         through token-selective propagation, even if that selects all tokens.
     """
@@ -71,6 +75,7 @@ class EngineConfig(StrictModel):
     preset: str = DEFAULT_PRESET
     presets: dict[str, Preset] = Field(default_factory=dict)
     tsp_max_inflight_tokens: int | None = Field(default=None, ge=0, le=2**31)
+    attention_engine: AttentionEngineName = "auto"
     test_force_arena: bool = False
 
     @model_validator(mode="after")
