@@ -10,7 +10,6 @@ from vllm_kvcompress.config import EngineConfig
 from vllm_kvcompress.engine.propagation_limits import with_tsp_capacity
 from vllm_kvcompress.engine.refusals import (
     AFTER,
-    BEFORE,
     StartupError,
     refuse,
     refuse_platform,
@@ -158,7 +157,7 @@ def test_a_real_configuration_is_refused(changes, says) -> None:
 def test_an_environment_that_contradicts_is_refused(monkeypatch, variable, says) -> None:
     monkeypatch.setenv(variable, "1")
     with pytest.raises(StartupError, match=f"{says}.*: .*unset {variable}"):
-        refuse(BEFORE, engine_args())
+        engine_args().create_engine_config()
 
 
 @pytest.mark.parametrize("version", ["0.31.2", "0.33.0", "0.320.0", "1.0", "dev"])
@@ -173,8 +172,8 @@ def test_every_patch_release_is_welcome(version) -> None:
 
 
 def test_another_device_is_refused() -> None:
-    with pytest.raises(StartupError, match="CUDA support is not built yet"):
-        refuse_platform(Bag(is_cpu=lambda: False, device_name="cuda"))
+    with pytest.raises(StartupError, match="ROCM support is not built"):
+        refuse_platform(Bag(is_cpu=lambda: False, is_cuda=lambda: False, device_name="rocm"))
 
 
 @pytest.mark.parametrize("off", [None, False])

@@ -158,6 +158,15 @@ def refuse_version(version: str) -> None:
         )
 
 
+# Asked with the `EngineArgs` where the engine is `cpu`.
+WITH_CPU_ENGINE: Sequence[Row] = (
+    Row(
+        "the V2 model runner (VLLM_USE_V2_MODEL_RUNNER=1)",
+        lambda args: os.environ.get("VLLM_USE_V2_MODEL_RUNNER") == "1",
+        "unset VLLM_USE_V2_MODEL_RUNNER",
+    ),
+)
+
 # Asked with the `VllmConfig` where the engine is not `cpu`.
 ON_DEVICE: Sequence[Row] = (
     Row(

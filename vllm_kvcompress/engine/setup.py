@@ -21,6 +21,7 @@ from vllm_kvcompress.engine.refusals import (
     AFTER,
     BEFORE,
     ON_DEVICE,
+    WITH_CPU_ENGINE,
     StartupError,
     refuse,
     refuse_platform,
@@ -55,8 +56,9 @@ def configured(
         "kv_compress": config.to_dict(),
     }
     on_device = config.attention_engine != "cpu"
-    if not (on_device and os.environ.get("VLLM_USE_V2_MODEL_RUNNER") == "1"):
-        os.environ["VLLM_USE_V2_MODEL_RUNNER"] = "0"
+    if not on_device:
+        refuse(WITH_CPU_ENGINE, engine_args)
+    os.environ.setdefault("VLLM_USE_V2_MODEL_RUNNER", "0")
     engine_args.worker_cls = DEVICE_WORKER if on_device else CPU_WORKER
     if engine_args.block_size is None and current_platform.is_cpu():
         engine_args.block_size = CPU_BLOCK_TOKENS

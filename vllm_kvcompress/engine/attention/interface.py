@@ -1,10 +1,9 @@
 """What an attention engine is asked, and how it answers."""
 
 from abc import ABC, abstractmethod
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, ClassVar
 
-import torch
 from torch import Tensor
 
 
@@ -32,23 +31,6 @@ class HeadCall:
     scale: float
     softcap: float
     out: Tensor
-
-    def token_by_token(self) -> "HeadCall":
-        """The same attention with every query token as a sequence of its own."""
-        counts = self.query_start_loc.diff()
-        tokens = len(self.queries)
-        sequence = torch.repeat_interleave(
-            torch.arange(len(counts), device=counts.device), counts, output_size=tokens
-        )
-        token = torch.arange(tokens, device=counts.device)
-        later = self.query_start_loc[1:][sequence] - 1 - token  # tokens that come after it
-        return replace(
-            self,
-            tables=self.tables[sequence],
-            lengths=(self.lengths[sequence] - later).to(torch.int32),
-            query_start_loc=torch.arange(tokens + 1, dtype=torch.int32, device=counts.device),
-            most_queries=1,
-        )
 
 
 FLOAT32 = ("float32", "float", "torch.float32")  # ways to ask for it
