@@ -4,7 +4,7 @@ from importlib.util import find_spec
 
 import typer
 
-from vllm_kvcompress.bench import attention, prefill, serve, throughput, tsp
+from vllm_kvcompress.bench import attention, gpu_check, prefill, serve, throughput, tsp
 from vllm_kvcompress.bench.options import ListCommand
 from vllm_kvcompress.bench.quality import command as quality
 from vllm_kvcompress.bench.report import command as report
@@ -38,3 +38,13 @@ app.command("attention", cls=ListCommand)(attention.main)
 app.command("prefill", cls=ListCommand)(prefill.main)
 app.command("tsp", cls=ListCommand)(tsp.main)
 app.command("report")(report.main)
+
+
+@app.command(
+    "gpu",
+    add_help_option=False,
+    context_settings={"allow_extra_args": True, "ignore_unknown_options": True},
+)
+def gpu(context: typer.Context) -> None:
+    """What only a GPU can say: kernels, graphs, identity, bandwidth, throughput (8 minutes)."""
+    raise typer.Exit(gpu_check.main(context.args))
