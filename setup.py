@@ -60,7 +60,7 @@ setup(
     packages=packages,
     package_dir=package_dir,
     package_data={
-        "vllm_kvcompress": ["demo_model/*"],
+        "vllm_kvcompress": ["demo_model/*", "demo_model_deep/*"],
         "vllm_kvcompress.bench.peers": ["*.lock"],
         "vllm_kvcompress.bench.report": ["*.jinja"],
         "vllm_kvcompress.configs": ["*.yaml"],

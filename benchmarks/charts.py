@@ -1,7 +1,10 @@
 """Figures in one style: readable on a phone, small on disk."""
 
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
+
+from vllm_kvcompress.bench.harness import Summary
 
 COLOURS = ["#2f6fb3", "#d2691e", "#3a8f5c", "#8e5bb5", "#b8860b", "#c0392b"]
 PLAIN_COLOUR = "#6b7078"
@@ -42,6 +45,23 @@ def log_y(axes: Any) -> None:
     axis.set_major_locator(LogLocator(subs=(1, 2, 5)))
     axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.0f}"))
     axis.set_minor_formatter(NullFormatter())
+
+
+def line_with_range(
+    axis: Any, sizes: Sequence[int], sums: Sequence[Summary], colour: str, label: str | None = None
+) -> None:
+    """A line through the medians, and a band over the ranges."""
+    axis.plot(sizes, [s.median for s in sums], "o-", color=colour, label=label, ms=4)
+    low, high = [s.low for s in sums], [s.high for s in sums]
+    axis.fill_between(sizes, low, high, color=colour, alpha=0.15, linewidth=0)
+
+
+def log_sizes(axis: Any, sizes: Iterable[int], label: str) -> None:
+    """Make the x axis logarithmic, with a tick for every size."""
+    sizes = sorted(set(sizes))
+    axis.set_xscale("log", base=2)
+    axis.set_xticks(sizes, [f"{size:,}" for size in sizes])
+    axis.set_xlabel(label)
 
 
 def save(figure: Any, path: Path, caption: str = "") -> None:

@@ -4,8 +4,18 @@ from importlib.util import find_spec
 
 import typer
 
-from vllm_kvcompress.bench import attention, gpu_check, prefill, serve, throughput, tsp
+from vllm_kvcompress.bench import (
+    attention,
+    codec,
+    gpu_check,
+    prefill,
+    reuse,
+    serve,
+    stream,
+    throughput,
+)
 from vllm_kvcompress.bench.options import ListCommand
+from vllm_kvcompress.bench.parity import command as parity
 from vllm_kvcompress.bench.quality import command as quality
 from vllm_kvcompress.bench.report import command as report
 
@@ -32,11 +42,15 @@ def check_extra() -> None:
 
 
 app.command("quality", cls=ListCommand, epilog=quality.EPILOG)(quality.main)
+app.command("parity", cls=ListCommand)(parity.main)
 app.command("throughput", cls=ListCommand)(throughput.main)
 app.command("serve", cls=ListCommand)(serve.main)
 app.command("attention", cls=ListCommand)(attention.main)
 app.command("prefill", cls=ListCommand)(prefill.main)
-app.command("tsp", cls=ListCommand)(tsp.main)
+app.command("reuse")(reuse.main)
+app.command("codec")(codec.main)
+app.command("reuse")(reuse.main)
+app.command("stream", cls=ListCommand)(stream.main)
 app.command("report")(report.main)
 
 

@@ -1,49 +1,69 @@
-"""How fast and how small the KV codec is, beside zstd and LMCache's CacheGen codec for CPUs.
+"""How fast and how small the KV codec is, beside zstd and LMCache's CacheGen codec for CPUs."""
 
-python benchmarks/codec.py --json codec.json
-python benchmarks/codec.py --lmcache-python OTHER_VENV/bin/python   # one that has lmcache
-"""
-
-import json
 import os
-import subprocess
 import sys
-import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from time import perf_counter
-from typing import Annotated, Any
+from typing import Annotated, NamedTuple
 
 import numpy as np
 import typer
 import zstandard
 from rich.console import Console
 from rich.progress import track
-from rich.table import Table
 
-from vllm_kvcompress.bench.harness import Summary, write_report
+from vllm_kvcompress.bench import charts, codec_sizes
+from vllm_kvcompress.bench.codec_sizes import DTYPE, Size
+from vllm_kvcompress.bench.engine import MODEL
+from vllm_kvcompress.bench.harness import Summary, Verdict, paired_ratio, write_report
+from vllm_kvcompress.bench.lmcache_process import Lmcache, LmcacheFailed, default_bins
+from vllm_kvcompress.bench.table import Table
 from vllm_kvcompress.transport.chunks import ChunkCodec
-from vllm_kvcompress.transport.codec import as_bits, as_floats, instruction_sets
-from vllm_kvcompress.transport.levels import LEVELS
+from vllm_kvcompress.transport.codec import as_bits, instruction_sets
+from vllm_kvcompress.transport.levels import DEFAULT_LEVEL, LEVELS
 from vllm_kvcompress.transport.sample import sample
 
-DEMO_MODEL = Path(__file__).resolve().parent.parent / "vllm_kvcompress/demo_model"
-DTYPE = "bfloat16"
 REPORT_WIDTH = 110
-LMCACHE_WORKER = Path(__file__).resolve().parent / "codec_lmcache.py"
+HEAD_SIZE = 128
+TIMES_LMCACHE, SHARE_OF_LMCACHE = 30, 0.65
+TIMES_SMALLER = {32: 4.2, 16: 6.0}  # under bf16, at the published quantiser's error
+ZSTD = "zstd -3 of the raw bytes"
+
+
+class Input(NamedTuple):
+    name: str
+    kv: np.ndarray  # bf16 bits [layers, 2, tokens, channels]
+    heads: int
+
+
+class Turn(NamedTuple):
+    """One round of one codec on one input."""
+
+    encode_s: float
+    decode_s: float
+    bytes: int
+    back: np.ndarray
 
 
 @dataclass
 class Measured:
-    """One way to write one input down. Speeds are of the raw bf16 bytes, per second."""
+    """A codec on one input. Speeds are of the raw bf16 bytes, per second, round by round."""
 
     what: str
     threads: int
-    bits: float  # per element, all included
-    rms_error: float
+    bits: float = 0  # per element, all included
+    rms_error: float = 0
     encode_mb_s: list[float] = field(default_factory=list)
     decode_mb_s: list[float] = field(default_factory=list)
+
+    def add(self, kv: np.ndarray, turn: Turn) -> None:
+        self.encode_mb_s.append(kv.nbytes / turn.encode_s / 1e6)
+        self.decode_mb_s.append(kv.nbytes / turn.decode_s / 1e6)
+        self.bits = 8 * turn.bytes / kv.size
+        self.rms_error = codec_sizes.relative_error(turn.back, kv)
 
 
 def synthetic(layers: int, tokens: int, channels: int, seed: int = 0) -> np.ndarray:
@@ -60,154 +80,227 @@ def synthetic(layers: int, tokens: int, channels: int, seed: int = 0) -> np.ndar
     return as_bits(noise, DTYPE)
 
 
-def rounds_of(
-    encode: Callable[[], list[bytes]], decode: Callable[[list[bytes]], Any], rounds: int
-) -> Iterator[tuple[list[bytes], Any, float, float]]:
-    """(encoded, decoded, seconds, seconds) of each round; the first warms up and is left out."""
-    for i in range(rounds + 1):
-        begun = perf_counter()
-        data = encode()
-        encoded = perf_counter()
-        back = decode(data)
-        if i:
-            yield data, back, encoded - begun, perf_counter() - encoded
+def timed(encode: Callable[[], list[bytes]], decode: Callable[[bytes], np.ndarray]) -> Turn:
+    """One round: all chunks there, all chunks back, joined over tokens."""
+    begun = perf_counter()
+    data = encode()
+    encoded = perf_counter()
+    back = [decode(part) for part in data]
+    ended = perf_counter()
+    size = sum(len(part) for part in data)
+    return Turn(encoded - begun, ended - encoded, size, np.concatenate(back, axis=2))
 
 
-def ours(
-    kv: np.ndarray, heads: int, level: int, chunk_tokens: int, isa: str, threads: int, rounds: int
-) -> Measured:
+def ours(given: Input, chunk_tokens: int, level: int, isa: str, threads: int) -> Callable[[], Turn]:
     """Whole path: KV array to container and back, checksums and all."""
     codec = ChunkCodec(isa=isa, threads=threads)
-    starts = range(0, kv.shape[2], chunk_tokens)
-    parts = [np.ascontiguousarray(kv[:, :, s : s + chunk_tokens]) for s in starts]
-    result = Measured(f"level {level}, {codec.sections.isa}", threads, 0, 0)
-    timed = list(
-        rounds_of(
-            lambda: [codec.encode(part, DTYPE, level, heads=heads) for part in parts],
-            lambda data: [codec.decode(d) for d in data],
-            rounds,
-        )
+    starts = range(0, given.kv.shape[2], chunk_tokens)
+    parts = [np.ascontiguousarray(given.kv[:, :, s : s + chunk_tokens]) for s in starts]
+    return lambda: timed(
+        lambda: [codec.encode(part, DTYPE, level, heads=given.heads) for part in parts],
+        codec.decode,
     )
-    for _, _, encode_s, decode_s in timed:
-        result.encode_mb_s.append(kv.nbytes / encode_s / 1e6)
-        result.decode_mb_s.append(kv.nbytes / decode_s / 1e6)
-    data, back, _, _ = timed[-1]
-    result.bits = 8 * sum(map(len, data)) / kv.size
-    result.rms_error = relative_error(np.concatenate(back, axis=2), kv)
-    return result
 
 
-def zstd_of_bytes(kv: np.ndarray, rounds: int) -> Measured:
+def zstd_of_bytes(given: Input) -> Callable[[], Turn]:
     """zstd -3 of the raw cache, high and low bytes apart, channel by channel: lossless."""
-    result = Measured("zstd -3 of the raw bytes", 1, 0, 0.0)
+    kv = given.kv
 
     def encode() -> list[bytes]:
         by_channel = np.ascontiguousarray(kv.swapaxes(2, 3)).view(np.uint8)
         planes = np.ascontiguousarray(by_channel.reshape(-1, 2).T)
         return [zstandard.compress(planes.tobytes(), 3)]
 
-    def decode(data: list[bytes]) -> np.ndarray:
-        planes = np.frombuffer(zstandard.decompress(data[0]), np.uint8).reshape(2, -1)
+    def decode(data: bytes) -> np.ndarray:
+        planes = np.frombuffer(zstandard.decompress(data), np.uint8).reshape(2, -1)
         by_channel = np.ascontiguousarray(planes.T).view(np.uint16)
         shape = *kv.shape[:2], kv.shape[3], kv.shape[2]
         return np.ascontiguousarray(by_channel.reshape(shape).swapaxes(2, 3))
 
-    for data, back, encode_s, decode_s in rounds_of(encode, decode, rounds):
-        assert (back == kv).all()
-        result.encode_mb_s.append(kv.nbytes / encode_s / 1e6)
-        result.decode_mb_s.append(kv.nbytes / decode_s / 1e6)
-        result.bits = 8 * len(data[0]) / kv.size
-    return result
+    return lambda: timed(encode, decode)
 
 
-def lmcache(python: Path, kv: np.ndarray, heads: int, chunk_tokens: int, rounds: int) -> Measured:
-    """LMCache's codec on the same array, by an interpreter that has it."""
-    with tempfile.TemporaryDirectory() as folder:
-        np.save(Path(folder) / "kv.npy", kv)
-        options = {"heads": heads, "chunk_tokens": chunk_tokens, "rounds": rounds}
-        command = [str(python), str(LMCACHE_WORKER), folder, json.dumps(options)]
-        ran = subprocess.run(command, capture_output=True, text=True, check=False)
-        if ran.returncode:
-            last = (ran.stderr.strip() or "no message").splitlines()[-1]
-            raise typer.BadParameter(f"{python}: {last}", param_hint="--lmcache-python")
-        said = json.loads(ran.stdout.splitlines()[-1])
-        back = np.load(Path(folder) / "back.npy")
-    return Measured(
-        f"LMCache {said['version']}, its default",
-        1,
-        8 * said["bytes"] / kv.size,
-        relative_error(back, kv),
-        [kv.nbytes / s / 1e6 for s in said["encode_s"]],
-        [kv.nbytes / s / 1e6 for s in said["decode_s"]],
-    )
+def by_lmcache(lmcache: Lmcache, given: Input, chunk_tokens: int) -> Callable[[], Turn]:
+    """LMCache's default levels, measured by its own interpreter."""
+    kv, heads = given.kv, given.heads
+
+    def turn() -> Turn:
+        coded = lmcache.code(kv, heads, chunk_tokens, default_bins(len(kv)))
+        return Turn(coded.encode_s, coded.decode_s, coded.bytes, coded.back)
+
+    return turn
 
 
-def relative_error(back: np.ndarray, kv: np.ndarray) -> float:
-    x = as_floats(kv, DTYPE).astype(np.float64)
-    return float(np.sqrt(((as_floats(back, DTYPE) - x) ** 2).sum() / (x**2).sum()))
+def speeds(
+    given: Input, chunk_tokens: int, threads: int, rounds: int, lmcache: Lmcache | None
+) -> list[Measured]:
+    """All codecs take turns, round by round; the first round warms up and is left out."""
+    sets = instruction_sets()[::-1]
+    runs = [(isa, 1) for isa in sets] + [(sets[0], n) for n in range(2, threads + 1)]
+    turns = {
+        (f"level {level}, {isa}", n): ours(given, chunk_tokens, level, isa, n)
+        for isa, n in runs
+        for level in LEVELS[1:]
+    }
+    turns[ZSTD, 1] = zstd_of_bytes(given)
+    if lmcache:
+        turns["LMCache, its default", 1] = by_lmcache(lmcache, given, chunk_tokens)
+    results = {key: Measured(*key) for key in turns}
+    for i in track(range(rounds + 1), description=given.name):
+        for key, turn in turns.items():
+            done = turn()
+            if i:
+                results[key].add(given.kv, done)
+    return list(results.values())
 
 
-app = typer.Typer(add_completion=False, rich_markup_mode="markdown")
+def sizes(given: Input, chunk_tokens: int, lmcache: Lmcache | None) -> dict[int, list[Size]]:
+    """By bins of the published quantiser: everything at its error."""
+    kv, heads, found = given.kv, given.heads, {}
+    for bins in TIMES_SMALLER:
+        schedule = np.full((2, len(kv)), bins)
+        theirs = codec_sizes.published(kv, heads, chunk_tokens, schedule)
+        zstd = codec_sizes.zstd_of_symbols(kv, chunk_tokens, schedule)
+        found[bins] = [
+            codec_sizes.at_error(kv, heads, chunk_tokens, theirs.errors),
+            theirs,
+            Size("its bins, zstd -3", zstd, theirs.errors),
+        ]
+        if lmcache:
+            coded = lmcache.code(kv, heads, chunk_tokens, schedule)
+            errors = codec_sizes.errors_of(coded.back, kv)
+            found[bins].append(Size("its bins, LMCache", 8 * coded.bytes / kv.size, errors))
+    return found
 
 
-@app.command()
+def verdicts_of(
+    given: Input, results: Sequence[Measured], at_equal_error: dict[int, list[Size]]
+) -> list[Verdict]:
+    found = []
+    for bins, target in TIMES_SMALLER.items():
+        smaller = codec_sizes.BF16_BITS / at_equal_error[bins][0].bits
+        what = f"{given.name}: times smaller than bf16, at the error of {bins} bins"
+        found.append(Verdict(what, Summary.of([smaller]), target))
+    if results[-1].what == ZSTD:
+        return found
+    share = at_equal_error[32][0].bits / at_equal_error[32][-1].bits  # fewer than 10 layers: all 32
+    what = f"{given.name}: of LMCache's bytes, at its default's error"
+    found.append(Verdict(what, Summary.of([share]), SHARE_OF_LMCACHE, at_most=True))
+    best = next(r for r in results if r.what.startswith(f"level {DEFAULT_LEVEL}"))
+    for way in ("encode_mb_s", "decode_mb_s"):
+        ratio = paired_ratio(getattr(best, way), getattr(results[-1], way))
+        what = f"{given.name}: times LMCache's speed, {way[:6]}, {best.what}, one thread"
+        found.append(Verdict(what, ratio, TIMES_LMCACHE))
+    return found
+
+
+def speed_table(given: Input, results: Sequence[Measured]) -> Table:
+    columns = ["", "threads", "bits", "x bf16", "rms error", "encode MB/s", "decode MB/s"]
+    peer = results[-1] if results[-1].what != ZSTD else None
+    rows = []
+    for r in results:
+        row = [r.what, str(r.threads), f"{r.bits:.3f}", f"{16 / r.bits:.2f}", f"{r.rms_error:.4f}"]
+        row += [Summary.of(speeds).text() for speeds in (r.encode_mb_s, r.decode_mb_s)]
+        if peer:
+            pairs = (r.encode_mb_s, peer.encode_mb_s), (r.decode_mb_s, peer.decode_mb_s)
+            row += [f"{paired_ratio(a, b).median:.1f}" for a, b in pairs]
+        rows.append(row)
+    columns += ["encode x LMCache", "decode x LMCache"] if peer else []
+    return Table(f"{given.name}: speed of the whole path, {DTYPE}", columns, rows)
+
+
+def size_table(given: Input, at_equal_error: dict[int, list[Size]]) -> Table:
+    plain = codec_sizes.eight_bit(given.kv)
+    rows = [_size_row("bf16", codec_sizes.BF16_BITS), _size_row(plain.what, plain.bits)]
+    for bins, found in at_equal_error.items():
+        rows += [_size_row(f"{size.what}, error of {bins} bins", size.bits) for size in found]
+    title = f"{given.name}: size at equal error, everything included"
+    return Table(title, ["", "bits", "x bf16"], rows)
+
+
+def _size_row(what: str, bits: float) -> list[str]:
+    return [what, f"{bits:.2f}", f"{codec_sizes.BF16_BITS / bits:.2f}"]
+
+
+def draw(named: Sequence[tuple[str, Sequence[Measured]]], path: Path) -> None:
+    """Encode and decode speeds, a panel per input."""
+    figure, panels = charts.panels(len(named), columns=1)
+    for axes, (name, results) in zip(panels, named, strict=True):
+        at = np.arange(len(results))[::-1]
+        for offset, way, colour in ((0.2, "encode", 0), (-0.2, "decode", 1)):
+            medians = [Summary.of(getattr(r, f"{way}_mb_s")).median for r in results]
+            axes.barh(at + offset, medians, 0.4, color=charts.COLOURS[colour], label=way)
+        threads = (f", {r.threads} threads" if r.threads > 1 else "" for r in results)
+        axes.set_yticks(at, [r.what + n for r, n in zip(results, threads, strict=True)])
+        axes.set_xscale("log")
+        axes.set_xlabel("MB/s of bf16 KV, whole path")
+        axes.set_title(name)
+        axes.legend(loc="lower right")
+    figure.set_size_inches(charts.WIDTH, sum(0.8 + 0.24 * len(r) for _, r in named))
+    charts.save(figure, path)
+
+
 def main(
-    model: Annotated[str, typer.Option(help="Whose real KV to take.")] = str(DEMO_MODEL),
-    tokens: Annotated[int, typer.Option(help="Tokens of each input.")] = 1536,
-    chunk_tokens: Annotated[int, typer.Option(help="Tokens per chunk.")] = 256,
-    layers: Annotated[int, typer.Option(help="Layers of the synthetic input.")] = 4,
-    channels: Annotated[int, typer.Option(help="Its channels (8B models: 1024).")] = 1024,
+    model: Annotated[str, typer.Option(help="Whose real KV to take.")] = str(MODEL),
+    tokens: Annotated[int, typer.Option(help="Tokens of each input.", min=2)] = 1024,
+    chunk_tokens: Annotated[int, typer.Option(help="Tokens per chunk.", min=1)] = 256,
+    layers: Annotated[int, typer.Option(help="Layers of the synthetic input.", min=1)] = 4,
+    channels: Annotated[int, typer.Option(help="Its channels (8B models: 1024).", min=1)] = 1024,
     rounds: Annotated[int, typer.Option(help="Timed rounds of each.", min=1)] = 5,
-    threads: Annotated[int, typer.Option(help="The most threads; 0 for all cores.")] = 0,
+    threads: Annotated[int, typer.Option(help="The most threads; 0 for all cores.", min=0)] = 0,
     lmcache_python: Annotated[
         Path | None, typer.Option(help="An interpreter whose environment has lmcache.")
     ] = None,
+    plot: Annotated[Path | None, typer.Option(help="Draw the speeds there.")] = None,
     json: Annotated[Path | None, typer.Option(help="Write the report there.")] = None,
 ) -> None:
-    """Bits per element and speed of the whole path, KV array to container and back.
+    """The KV codec's speed and size, beside zstd and LMCache's codec for CPUs.
 
-    Every instruction set of this machine on one thread, the best one on more; zstd on the raw
-    bytes; LMCache's codec if given. Speeds are of raw bf16 bytes; medians of the rounds.
+    Codecs take turns in every round: each instruction set of this machine on one thread, the best
+    on more; zstd on the raw bytes; LMCache's if given. Sizes are at equal error: root mean square
+    of every layer's K and V at most the published quantiser's.
     """
     threads = threads or len(os.sched_getaffinity(0))
     parameters = dict(locals())
     real = sample(model, tokens=tokens, dtype=DTYPE)
-    inputs = {
-        f"real, {real.kv.shape[3]} channels": (real.kv, real.heads),
-        f"synthetic, {channels} channels": (synthetic(layers, tokens, channels), channels // 128),
-    }
+    made = synthetic(layers, tokens, channels)
+    inputs = [
+        Input(f"real, {real.kv.shape[3]} channels", real.kv, real.heads),
+        Input(f"8B-like, {channels} channels", made, max(1, channels // HEAD_SIZE)),
+    ]
     console = Console(width=None if sys.stdout.isatty() else REPORT_WIDTH)
-    report = {}
-    for name, (kv, heads) in inputs.items():
-        fastest = instruction_sets()[-1]
-        runs = [(isa, 1) for isa in instruction_sets()[::-1]]
-        runs += [(fastest, n) for n in range(2, threads + 1)]
-        results = [
-            ours(kv, heads, level, chunk_tokens, isa, n, rounds)
-            for isa, n in track(runs, description=name)
-            for level in LEVELS[1:]
-        ]
-        results.append(zstd_of_bytes(kv, rounds))
-        if lmcache_python:
-            results.append(lmcache(lmcache_python, kv, heads, chunk_tokens, rounds))
-        console.print(_table(name, results))
-        report[name] = [asdict(result) for result in results]
+    tables, verdicts, named, report = [], [], [], {}
+    with ExitStack() as stack:
+        lmcache = stack.enter_context(Lmcache(lmcache_python)) if lmcache_python else None
+        try:
+            for given in inputs:
+                results = speeds(given, chunk_tokens, threads, rounds, lmcache)
+                at_equal_error = sizes(given, chunk_tokens, lmcache)
+                tables += [speed_table(given, results), size_table(given, at_equal_error)]
+                verdicts += verdicts_of(given, results, at_equal_error)
+                named.append((given.name, results))
+                report[given.name] = {
+                    "speeds": [asdict(result) for result in results],
+                    "sizes": {n: [s.to_dict() for s in of] for n, of in at_equal_error.items()},
+                }
+        except LmcacheFailed as error:
+            raise typer.BadParameter(str(error), param_hint="--lmcache-python") from None
+    for table in tables:
+        console.print(table.rich())
+    for verdict in verdicts:
+        console.print(verdict.text(), highlight=False)
+    if plot:
+        draw(named, plot)
     if json:
-        write_report(json, threads, parameters, inputs=report)
-
-
-def _table(name: str, results: list[Measured]) -> Table:
-    table = Table(title=f"{name}, {DTYPE}, whole path")
-    table.add_column()
-    for column in ("threads", "bits", "x bf16", "rms error", "encode MB/s", "decode MB/s"):
-        table.add_column(column, justify="right")
-    for r in results:
-        table.add_row(
-            *(r.what, str(r.threads), f"{r.bits:.3f}", f"{16 / r.bits:.2f}", f"{r.rms_error:.4f}"),
-            *(Summary.of(speeds).text() for speeds in (r.encode_mb_s, r.decode_mb_s)),
+        write_report(
+            json,
+            threads,
+            parameters,
+            bench="codec",
+            title="The KV codec beside LMCache's and zstd",
+            tables=tables,
+            plots=[plot] if plot else (),
+            verdicts=verdicts,
+            lmcache=lmcache.version if lmcache else None,
+            inputs=report,
         )
-    return table
-
-
-if __name__ == "__main__":
-    app()

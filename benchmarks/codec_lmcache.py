@@ -1,16 +1,16 @@
-"""LMCache's CacheGen codec on one array, in an environment of its own: codec.py runs this file.
+"""LMCache's CacheGen codec, in an environment of its own: lmcache_process.py runs this file.
 
-python codec_lmcache.py FOLDER '{"heads": 8, "chunk_tokens": 256, "rounds": 5}'
-
-Reads FOLDER/kv.npy (bf16 bits `[layers, 2, tokens, channels]`), writes FOLDER/back.npy and, as the
-last line, JSON: version, bytes, seconds. Imports nothing of this project.
+Answers requests, a line of JSON each, until its input ends. A request names an array (bf16 bits
+`[layers, 2, tokens, channels]`, a .npy file), where to put what comes back, heads, tokens per chunk
+and the bins of K and V of each layer; the answer has bytes and seconds. Imports nothing of this
+project.
 """
 
 import json
 import sys
 from importlib.metadata import version
-from pathlib import Path
 from time import perf_counter
+from typing import Any
 
 import numpy as np
 import torch
@@ -26,24 +26,15 @@ from lmcache.storage_backend.serde.cachegen_encoder import encode_function
 class Codec:
     """LMCache's serializer and deserializer without the objects around them."""
 
-    def __init__(self, layers: int) -> None:
-        """Its default schedule: 32 bins in the first 10 (K) and 2 (V) of ten or more layers."""
-        k_fine, v_fine = (10, 2) if layers >= 10 else (layers, layers)
-        specs = [
-            [QuantizationSpec(0, fine, 32), QuantizationSpec(fine, layers, 16)]
-            for fine in (k_fine, v_fine)
-        ]
-        self.config = CacheGenConfig(layers, *specs)
-        self.bins = []
-        for fine in (k_fine, v_fine):
-            bins = torch.full((layers,), 16.0)
-            bins[:fine] = 32
-            self.bins.append(bins)
+    def __init__(self, bins: list[list[int]]) -> None:
+        """`bins` of K and of V by layer."""
+        specs = [[QuantizationSpec(i, i + 1, b) for i, b in enumerate(part)] for part in bins]
+        self.config = CacheGenConfig(len(bins[0]), *specs)
+        self.bins = [torch.tensor(part, dtype=torch.float32) for part in bins]
 
     def encode(self, kv: torch.Tensor) -> bytes:
         """`[layers, 2, tokens, heads, head size]`."""
-        tokens = kv.shape[2]
-        return bytes(encode_function(kv, self.config, *self.bins, tokens).to_bytes())
+        return bytes(encode_function(kv, self.config, *self.bins, kv.shape[2]).to_bytes())
 
     def decode(self, data: bytes) -> torch.Tensor:
         """`[layers, 2, tokens, channels]`, bf16."""
@@ -56,33 +47,32 @@ class Codec:
         return torch.stack([key, value], 1).to(torch.bfloat16)
 
 
-def main() -> None:
-    folder, options = Path(sys.argv[1]), json.loads(sys.argv[2])
-    torch.set_num_threads(1)
-    kv = torch.from_numpy(np.load(folder / "kv.npy").view(np.int16)).view(torch.bfloat16)
+def answer(request: dict[str, Any]) -> dict[str, Any]:
+    kv = torch.from_numpy(np.load(request["kv"]).view(np.int16)).view(torch.bfloat16)
     layers, _, tokens, channels = kv.shape
-    heads, chunk = options["heads"], options["chunk_tokens"]
+    heads, chunk = request["heads"], request["chunk_tokens"]
     by_head = kv.view(layers, 2, tokens, heads, channels // heads)
     parts = [by_head[:, :, start : start + chunk] for start in range(0, tokens, chunk)]
-    codec = Codec(layers)
-    encode_s, decode_s = [], []
-    for i in range(options["rounds"] + 1):
-        begun = perf_counter()
-        data = [codec.encode(part) for part in parts]
-        encoded = perf_counter()
-        back = [codec.decode(d) for d in data]
-        if i:  # the first compiles
-            encode_s.append(encoded - begun)
-            decode_s.append(perf_counter() - encoded)
+    codec = Codec(request["bins"])
+    begun = perf_counter()
+    data = [codec.encode(part) for part in parts]
+    encoded = perf_counter()
+    back = [codec.decode(d) for d in data]
+    ended = perf_counter()
     whole = torch.cat(back, 2).contiguous().view(torch.int16).numpy().view(np.uint16)
-    np.save(folder / "back.npy", whole)
-    said = {
+    np.save(request["back"], whole)
+    return {
         "version": version("lmcache"),
         "bytes": sum(map(len, data)),
-        "encode_s": encode_s,
-        "decode_s": decode_s,
+        "encode_s": encoded - begun,
+        "decode_s": ended - encoded,
     }
-    print(json.dumps(said))
+
+
+def main() -> None:
+    torch.set_num_threads(1)
+    for line in sys.stdin:
+        print(json.dumps(answer(json.loads(line))), flush=True)
 
 
 if __name__ == "__main__":

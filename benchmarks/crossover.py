@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from vllm_kvcompress.bench.charts import COLOURS, panels, save
+from vllm_kvcompress.bench.charts import COLOURS, line_with_range, log_sizes, panels, save
 from vllm_kvcompress.bench.harness import Summary
 from vllm_kvcompress.bench.table import Table
 
@@ -105,16 +105,15 @@ def plot(rows: Mapping[str, Ratios], path: Path, caption: str) -> None:
     for axis, (name, ratios) in zip(axes, rows.items(), strict=True):
         lines = _lines(ratios, over_prompts)
         for colour, (label, line) in zip(COLOURS * len(lines), lines.items(), strict=False):
-            sizes = [size for size, _ in line]
-            axis.plot(sizes, [r.median for _, r in line], "o-", color=colour, label=label, ms=4)
-            low, high = [r.low for _, r in line], [r.high for _, r in line]
-            axis.fill_between(sizes, low, high, color=colour, alpha=0.15, linewidth=0)
+            sizes, sums = zip(*line, strict=True)
+            line_with_range(axis, sizes, sums, colour, label)
         axis.axhline(1, color="#555555", linewidth=1, linestyle="--")
-        axis.set_xscale("log", base=2)
-        sizes = sorted({p.prompts if over_prompts else p.prompt_tokens for p in ratios})
-        axis.set_xticks(sizes, [f"{size:,}" for size in sizes])
+        log_sizes(
+            axis,
+            (point.prompts if over_prompts else point.prompt_tokens for point in ratios),
+            "requests at once" if over_prompts else "prompt tokens",
+        )
         axis.set_title(name)
-        axis.set_xlabel("requests at once" if over_prompts else "prompt tokens")
         axis.set_ylabel("tokens/s over plain vLLM's")
     axes[0].legend(frameon=False, title="prompt tokens" if over_prompts else None)
     save(figure, path, caption)

@@ -32,6 +32,7 @@ from vllm_kvcompress.bench.progress import progress_bar
 
 VLLM, BUILDER, ACCOUNTING = "vLLM", "metadata builder", "accounting"
 COMPRESSION, ATTENTION = "compression", "per-head attention"
+PROPAGATION = "propagation"  # saliency, selection, stash
 OURS = (BUILDER, ACCOUNTING)
 WARM_UP = 3
 REPORT_WIDTH = 110
@@ -109,7 +110,7 @@ def stopwatch_cost(calls: int = 100_000) -> tuple[float, float]:
 
 def watch_everything(clock: Clock) -> None:
     """Stopwatches on every way from vLLM into this project, and back by `super()`."""
-    from vllm_kvcompress.engine import compressor, cpu, scheduler, worker
+    from vllm_kvcompress.engine import compressor, cpu, propagation, scheduler, worker
     from vllm_kvcompress.paging import manager
 
     clock.wrap_overrides(manager.PerHeadManager, ACCOUNTING)
@@ -119,6 +120,9 @@ def watch_everything(clock: Clock) -> None:
     clock.wrap(worker.StepView, "lay_out", BUILDER)
     clock.wrap(cpu.PerHeadAttentionImpl, "_attend_per_head", ATTENTION)
     clock.wrap(compressor.Compressor, "finish_step", COMPRESSION)
+    clock.wrap(propagation.Propagation, "_leave", PROPAGATION)
+    clock.wrap(propagation.Propagation, "_go_on", VLLM)
+    clock.wrap(propagation.Propagation, "_rows_of", PROPAGATION)
 
 
 @dataclass(frozen=True)
@@ -191,8 +195,8 @@ def prefills(
 
 
 def compression_over_rest(prefill: Step) -> float:
-    """Seconds of compressing per second of the rest of a prefill."""
-    share = prefill.share(COMPRESSION)
+    """Seconds of selecting and compressing per second of the rest of a prefill."""
+    share = prefill.share(COMPRESSION, PROPAGATION)
     return share / (1 - share)
 
 

@@ -123,6 +123,7 @@ class Reader:
         self.tokenizer = AutoTokenizer.from_pretrained(folder)
         self.model = LlamaForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
         shape = self.model.config
+        self.layers = shape.num_hidden_layers
         self.heads, self.size = shape.num_key_value_heads, shape.head_dim
         self.group = shape.num_attention_heads // self.heads
         self.scale = self.size**-0.5
@@ -243,23 +244,23 @@ def score(case: Case, reading: Reading, scale: float) -> Tensor:
     n = reading.keys[0].shape[1]
     window = min(case.preset.window_tokens, n)
     observed = zip(reading.queries, reading.keys, reading.values, strict=True)
-    return torch.stack(
-        [
-            case.policy.scorer.score(
-                Observation(
-                    queries=queries[-window:],
-                    query_positions=torch.arange(n - window, n),
-                    keys=keys,
-                    values=values,
-                    positions=torch.arange(n),
-                    valid=None,
-                    scale=scale,
-                ),
-                layer,
-            )
-            for layer, (queries, keys, values) in enumerate(observed)
-        ]
-    )
+    own = {
+        layer: case.policy.scorer.score(
+            Observation(
+                queries=queries[-window:],
+                query_positions=torch.arange(n - window, n),
+                keys=keys,
+                values=values,
+                positions=torch.arange(n),
+                valid=None,
+                scale=scale,
+            ),
+            layer,
+        )
+        for layer, (queries, keys, values) in enumerate(observed)
+        if case.policy.leader(layer) == layer
+    }
+    return torch.stack([own[case.policy.leader(layer)] for layer in range(len(reading.keys))])
 
 
 def sweep(
@@ -306,11 +307,11 @@ def _in_parts(
 
 
 def make_cases(
-    presets: Iterable[Preset], rates: Iterable[float], block_sizes: Iterable[int]
+    presets: Iterable[Preset], rates: Iterable[float], block_sizes: Iterable[int], layers: int
 ) -> list[Case]:
     rates, block_sizes = list(rates), list(block_sizes)
     return [
-        Case(preset, build(preset), rate, block)
+        Case(preset, build(preset, layers), rate, block)
         for preset in presets
         for block in block_sizes
         for rate in rates
@@ -421,12 +422,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
         presets = [find_preset(name) for name in names]
         if args.ablate:
             presets = ablations(shipped_presets()[DEFAULT_PRESET])
-        cases = make_cases(presets, args.rate, args.block)
+        logging.disable_progress_bar()
+        logging.set_verbosity_error()
+        reader = Reader(args.model)
+        cases = make_cases(presets, args.rate, args.block, reader.layers)
     except ValueError as error:
         parser.error(str(error))
-    logging.disable_progress_bar()
-    logging.set_verbosity_error()
-    reader = Reader(args.model)
     results: list[Result] = []
     for tokens in args.tokens:
         done = sweep(reader, cases, args.task, tokens, args.prompts, args.seed)

@@ -1,12 +1,13 @@
-"""What compression adds to a prefill, and when the first token comes.
+"""When the first token comes, beside what floating-point operations say.
 
-python benchmarks/prefill.py --prompt-tokens 512 2048 8000
+python benchmarks/prefill.py --prompt-tokens 1024 4096 --presets fastkv tsp
 """
 
 import json as jsonlib
 import os
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Annotated
@@ -14,28 +15,41 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
-from vllm_kvcompress.bench.charts import COLOURS, PLAIN_COLOUR, log_y, panels, save
+from vllm_kvcompress.bench.charts import (
+    COLOURS,
+    PLAIN_COLOUR,
+    line_with_range,
+    log_sizes,
+    log_y,
+    panels,
+    save,
+)
 from vllm_kvcompress.bench.crossover import Point
-from vllm_kvcompress.bench.engine import BLOCK_TOKENS, MODEL, EngineSpec, Workload, environment
+from vllm_kvcompress.bench.engine import BLOCK_TOKENS, EngineSpec, Workload, environment
+from vllm_kvcompress.bench.flops import Decoder, Prediction, propagates
 from vllm_kvcompress.bench.harness import Summary, Verdict, cpu_model, paired_ratio, write_report
 from vllm_kvcompress.bench.options import ListCommand
-from vllm_kvcompress.bench.overhead import COMPRESSION, Step, compression_over_rest
+from vllm_kvcompress.bench.overhead import COMPRESSION, PROPAGATION, Step, compression_over_rest
 from vllm_kvcompress.bench.process import LineProcess, ProcessEnded
 from vllm_kvcompress.bench.progress import progress_bar
 from vllm_kvcompress.bench.table import Table
 from vllm_kvcompress.bench.throughput import Grid, measure
 from vllm_kvcompress.bench.variants import COMPRESSING, PLAIN, Variant, variants
+from vllm_kvcompress.presets import shipped_presets
 
 REPORT_WIDTH = 110
 SAME_WORK, LONGEST = 0.9, 0.8
+OF_PREDICTED, FLAT = 0.95, 0.95
+COMPUTE_BOUND_TOKENS = 4096  # predictions are judged from here on
 COLUMNS = (
     "prompt tokens",
     "row",
     "held",
     "first token ms",
-    "compressing ms",
-    "of the rest",
+    "ours ms",
     "x plain",
+    "FLOPs say",
+    "timed FLOPs say",
 )
 STOPWATCHES = (sys.executable, "-P", "-m", "vllm_kvcompress.bench.stopwatch_child")
 
@@ -46,16 +60,16 @@ Stopped = Mapping[tuple[int, str], Sequence[Step]]
 def stopped(
     rows: Sequence[Variant], lengths: Sequence[int], spec: EngineSpec, count: int, threads: int
 ) -> Stopped:
-    """Prefills of the rows that compress, in one engine under stopwatches.
+    """Prefills of the rows that select or compress, in one engine under stopwatches.
 
     Raises:
         SystemExit: the engine ended.
     """
     own = replace(spec, kv_compress=COMPRESSING.kv_compress)
     command = [*STOPWATCHES, jsonlib.dumps(asdict(own))]
-    ours = [row for row in rows if row.engine == COMPRESSING and row.compresses]
+    ours = [row for row in rows if row.engine == COMPRESSING and row.preset]
     found: dict[tuple[int, str], list[Step]] = {}
-    if not ours:
+    if not ours or not count:
         return found
     try:
         with (
@@ -77,29 +91,39 @@ def stopped(
     return found
 
 
-def faster(grid: Grid, point: Point, name: str) -> Summary:
-    """Plain vLLM's time to the first token over a row's: above 1 it comes sooner."""
+def faster(grid: Grid, point: Point, name: str, than: str = PLAIN) -> Summary:
+    """Another row's time to the first token over a row's: above 1 it comes sooner."""
     samples = grid.samples[point]
-    return paired_ratio([r.wall_s for r in samples[PLAIN]], [r.wall_s for r in samples[name]])
+    return paired_ratio([r.wall_s for r in samples[than]], [r.wall_s for r in samples[name]])
 
 
-def table(rows: Sequence[Variant], grid: Grid, watched: Stopped, rounds: int) -> Table:
+def table(
+    rows: Sequence[Variant],
+    grid: Grid,
+    watched: Stopped,
+    prediction: Prediction | None,
+    rounds: int,
+) -> Table:
     lines = []
     for point, samples in grid.samples.items():
+        n = point.prompt_tokens
         for row in rows:
-            where = [f"{point.prompt_tokens:,}", row.name]
+            where = [f"{n:,}", row.name]
             if row.name not in samples:
                 lines.append([*where, "refused", *["-"] * (len(COLUMNS) - 3)])
                 continue
-            steps = watched.get((point.prompt_tokens, row.name))
+            steps, ratio = watched.get((n, row.name), ()), faster(grid, point, row.name)
+            says: list[float | None] = [None, None]
+            if prediction and propagates(row):
+                says = [prediction.speed_up(row, n), prediction.timed_speed_up(row, n)]
             lines.append(
                 [
                     *where,
-                    f"{row.held_share(point.prompt_tokens, grid.cache_blocks):.1%}",
+                    f"{row.held_share(n, grid.cache_blocks):.1%}",
                     f"{Summary.of(1e3 * r.wall_s for r in samples[row.name]).median:,.1f}",
-                    _ms(steps) if steps else "-",
-                    f"{Summary.of(map(compression_over_rest, steps)).median:.1%}" if steps else "-",
-                    faster(grid, point, row.name).text(2),
+                    _ours(steps) if steps else "-",
+                    ratio.text(2),
+                    *(f"{s:.2f} ({ratio.median / s:.0%})" if s else "-" for s in says),
                 ]
             )
     refusals = [f"{name}: {reason}" for name, reason in grid.refused.items()]
@@ -109,35 +133,67 @@ def table(rows: Sequence[Variant], grid: Grid, watched: Stopped, rounds: int) ->
         lines,
         " ".join(
             [
-                f"Medians of {rounds} rounds, the last with its range. compressing: scoring, "
-                "choosing, copying; of the rest: over the prefill without it. x plain: above 1 is "
-                "sooner.",
+                f"Medians of {rounds} rounds. ours: selecting, scoring, choosing, copying, and "
+                "its share of the rest of the prefill. x plain, with its range: above 1 is sooner. "
+                "FLOPs say: plain vLLM's operations over the row's (how much of it was reached); "
+                "timed: at the cost of linear layers and of attention in plain vLLM's times here.",
                 *refusals,
             ]
         ),
     )
 
 
-def _ms(steps: Sequence[Step]) -> str:
-    return f"{Summary.of(1e3 * step.seconds.get(COMPRESSION, 0.0) for step in steps).median:.2f}"
+def _ours(steps: Sequence[Step]) -> str:
+    labels = COMPRESSION, PROPAGATION
+    ours = Summary.of(1e3 * sum(step.seconds.get(one, 0.0) for one in labels) for step in steps)
+    return f"{ours.median:.2f} ({Summary.of(map(compression_over_rest, steps)).median:.1%})"
 
 
-def verdicts(rows: Sequence[Variant], grid: Grid) -> list[Verdict]:
-    """`off` prompts take plain vLLM's time; the longest compressed ones at most 1.25 times it."""
+def verdicts(rows: Sequence[Variant], grid: Grid, prediction: Prediction | None) -> list[Verdict]:
+    """`off` prompts take plain vLLM's time; the longest compressed ones at most 1.25 times it.
+
+    From `COMPUTE_BOUND_TOKENS` on propagated ones reach what FLOPs say, whatever is evicted.
+    """
     found = []
     longest = max(grid.samples)
     for point, samples in grid.samples.items():
-        for row in rows:
-            if row.name in samples and (row.does_plain_work or (row.rate and point == longest)):
-                what = f"first token, {row.name}, {point.prompt_tokens:,} tokens"
-                target = SAME_WORK if row.does_plain_work else LONGEST
+        n = point.prompt_tokens
+        ran = [row for row in rows if row.name in samples]
+        for row in ran:
+            what = f"first token, {row.name}, {n:,} tokens"
+            if row.does_plain_work:
+                found.append(Verdict(what, faster(grid, point, row.name), SAME_WORK))
+            elif propagates(row) and prediction and n >= COMPUTE_BOUND_TOKENS:
+                target = round(OF_PREDICTED * prediction.speed_up(row, n), 3)
                 found.append(Verdict(what, faster(grid, point, row.name), target))
+            elif row.compresses and point == longest:
+                found.append(Verdict(what, faster(grid, point, row.name), LONGEST))
+        if n >= COMPUTE_BOUND_TOKENS:
+            for first, other in _same_but_for_the_budget(ran):
+                what = f"first token, {other.name} as soon as {first.name}, {n:,} tokens"
+                found.append(Verdict(what, faster(grid, point, other.name, first.name), FLAT))
     return found
 
 
-def plot(rows: Sequence[Variant], grid: Grid, watched: Stopped, path: Path, caption: str) -> None:
-    """Time to the first token, and compression's part of it, against the prompt length."""
-    figure, (times, shares) = panels(2)
+def _same_but_for_the_budget(rows: Sequence[Variant]) -> Iterator[tuple[Variant, Variant]]:
+    """Each propagating row beside the first whose deep layers see as many tokens."""
+    first: dict[object, Variant] = {}
+    for row in filter(propagates, rows):
+        preset = shipped_presets()[str(row.preset)]
+        same = first.setdefault((preset.tsp_rate, preset.tsp_tokens, preset.tsp_layer), row)
+        if same is not row:
+            yield same, row
+
+
+def plot(
+    rows: Sequence[Variant],
+    grid: Grid,
+    prediction: Prediction | None,
+    path: Path,
+    caption: str,
+) -> None:
+    """Time to the first token against the prompt's length, and what is gained and predicted."""
+    figure, (times, gains) = panels(2)
     colours = iter([PLAIN_COLOUR, *COLOURS])
     for row in rows:
         points = [p for p, samples in grid.samples.items() if row.name in samples]
@@ -145,24 +201,43 @@ def plot(rows: Sequence[Variant], grid: Grid, watched: Stopped, path: Path, capt
             continue
         colour, lengths = next(colours), [p.prompt_tokens for p in points]
         sums = [Summary.of(1e3 * r.wall_s for r in grid.samples[p][row.name]) for p in points]
-        times.plot(lengths, [s.median for s in sums], "o-", color=colour, label=row.name, ms=4)
-        low, high = [s.low for s in sums], [s.high for s in sums]
-        times.fill_between(lengths, low, high, color=colour, alpha=0.15, linewidth=0)
-        parts = [watched.get((n, row.name)) for n in lengths]
-        if all(parts):
-            of_rest = [Summary.of(map(compression_over_rest, p or ())).median for p in parts]
-            shares.plot(lengths, [100 * s for s in of_rest], "o-", color=colour, ms=4)
+        line_with_range(times, lengths, sums, colour, row.name)
+        line_with_range(gains, lengths, [faster(grid, p, row.name) for p in points], colour)
+        if prediction and propagates(row):
+            gains.plot(lengths, [prediction.speed_up(row, n) for n in lengths], ":", color=colour)
+            by_time = [prediction.timed_speed_up(row, n) for n in lengths]
+            if None not in by_time:
+                gains.plot(lengths, by_time, "--", color=colour, linewidth=1)
     log_y(times)
-    lengths = [point.prompt_tokens for point in grid.samples]
-    for axis in (times, shares):
-        axis.set_xscale("log", base=2)
-        axis.set_xticks(lengths, [f"{n:,}" for n in lengths])
-        axis.set_xlabel("prompt tokens")
+    for axis in (times, gains):
+        log_sizes(axis, (point.prompt_tokens for point in grid.samples), "prompt tokens")
     times.set_ylabel("ms to the first token")
-    shares.set_ylabel("compressing, % of the rest")
-    shares.set_ylim(bottom=0)
+    gains.set_ylabel("x plain; dotted: FLOPs, dashed: timed")
+    gains.set_ylim(bottom=0)
     times.legend(frameon=False)
     save(figure, path, caption)
+
+
+@contextmanager
+def _model(
+    name: str | None, layers: int, hidden: int, longest: int
+) -> Iterator[tuple[str, Decoder | None]]:
+    """A model to serve, and its sizes where its operations can be counted."""
+    if name is None:
+        try:
+            decoder = Decoder.llama(layers, hidden)
+        except ValueError as error:
+            raise typer.BadParameter(str(error)) from None
+        with decoder.folder(longest) as folder:
+            yield folder, decoder
+    else:
+        from transformers import AutoConfig
+
+        try:
+            config = AutoConfig.from_pretrained(name)
+        except (OSError, ValueError) as error:
+            raise typer.BadParameter(f"cannot read the model {name}: {error}") from None
+        yield name, Decoder.of(config)
 
 
 app = typer.Typer(add_completion=False, rich_markup_mode="markdown")
@@ -172,20 +247,28 @@ app = typer.Typer(add_completion=False, rich_markup_mode="markdown")
 def main(
     prompt_tokens: Annotated[
         list[int] | None,
-        typer.Option(help="Tokens per prompt, a list (default 512 1024 2048 4096).", min=1),
+        typer.Option(help="Tokens per prompt, a list (default 1024 2048 4096).", min=1),
     ] = None,
     rates: Annotated[list[float] | None, typer.Option(help="Rates (default 8).")] = None,
     presets: Annotated[
-        list[str] | None, typer.Option(help="Presets, each at every rate (default kv-compress).")
+        list[str] | None,
+        typer.Option(help="Presets, each at every rate (default kv-compress fastkv tsp)."),
     ] = None,
-    rounds: Annotated[int, typer.Option(help="Measured prompts of every row.", min=1)] = 9,
+    off: Annotated[bool, typer.Option(help="A row with kv-compress on, requests off.")] = True,
+    rounds: Annotated[int, typer.Option(help="Measured prompts of every row.", min=1)] = 5,
+    stopwatches: Annotated[
+        int, typer.Option(help="Prompts of every row under stopwatches; 0: none.", min=0)
+    ] = 3,
     threads: Annotated[int, typer.Option(help="OpenMP threads; 0 for all cores.", min=0)] = 0,
-    model: Annotated[str, typer.Option(help="A model folder or name.")] = str(MODEL),
+    model: Annotated[
+        str | None, typer.Option(help="A model folder or name, instead of a Llama without weights.")
+    ] = None,
+    layers: Annotated[int, typer.Option(help="Layers of that Llama.", min=2)] = 8,
+    hidden: Annotated[int, typer.Option(help="Its hidden size, a multiple of 64.", min=64)] = 512,
     dtype: Annotated[str, typer.Option(help="As vLLM's `--dtype`.")] = "float32",
-    load_format: Annotated[str, typer.Option(help="As vLLM's.")] = "auto",
     eager: Annotated[
-        bool, typer.Option(help="Without torch.compile, which is on as in `vllm serve`.")
-    ] = False,
+        bool, typer.Option("--eager/--compiled", help="Without or with torch.compile.")
+    ] = True,
     batched_tokens: Annotated[
         int, typer.Option(help="Token budget of a step: longer prompts go in chunks.", min=32)
     ] = 2048,
@@ -193,37 +276,53 @@ def main(
         "results/prefill.json"
     ),
 ) -> None:
-    """How much later the first token comes when a prompt is compressed.
+    """When the first token comes: later by what compression costs, sooner by what is left out.
 
     Compression follows the prefill, so it costs time there; what it gains comes while decoding
-    (`bench throughput`). One prompt at a time, in an idle engine; the rows take turns.
+    (`bench throughput`). With `fastkv` and `tsp` the deep layers see selected tokens only, and
+    the first token comes sooner. One prompt at a time, in an idle engine; the rows take turns.
+    The model is a Llama of random weights, large enough to be bound by computing.
 
     * **first token ms**: from submitting the prompt to its first token. **x plain**: plain
       vLLM's time over the row's, round by round: 0.95 is 5 % later.
-    * **compressing ms**: scoring, choosing and copying, taken with stopwatches in an engine of
-      its own afterwards (as `bench overhead` does); **of the rest**: over the prefill without it.
+    * **ours ms**: selecting, scoring, choosing and copying, taken with stopwatches in an engine of
+      its own afterwards (as `bench overhead` does), and its share of the rest of the prefill.
+    * **FLOPs say**: plain vLLM's floating-point operations over the row's: projections, MLP,
+      causal attention, the head. **timed FLOPs say**: the same with linear layers and attention
+      counted at what each costs here, fitted to plain vLLM's times over the lengths.
 
-    Fixed costs weigh most on short prompts of small models. Exit code 1 where `off` prompts take
-    longer than plain vLLM's, or the longest compressed ones more than 1.25 times as long.
+    Exit code 1 where `off` prompts take longer than plain vLLM's, the longest compressed ones more
+    than 1.25 times as long, or, from 4,096 tokens on, propagated ones gain less than 95 % of what
+    FLOPs say or not the same at every budget of the cache.
     """
     threads = threads or len(os.sched_getaffinity(0))
-    lengths = sorted(set(prompt_tokens or [512, 1024, 2048, 4096]))
-    rows = variants(rates or [8], presets or ["kv-compress"], fp8=False)
-    spec = EngineSpec(
-        model=model,
-        cache_blocks=3 * -(-(lengths[-1] + 1) // BLOCK_TOKENS),
-        max_model_len=lengths[-1] + 1,
-        batched_tokens=batched_tokens,
-        max_seqs=min(16, batched_tokens),
-        dtype=dtype,
-        load_format=load_format,
-        eager=eager,
-    )
-    points = [Point(1, length) for length in lengths]
-    grid = measure(rows, points, spec, Workload(0, 0, 1), rounds, threads)
-    watched = stopped(rows, [point.prompt_tokens for point in grid.samples], spec, rounds, threads)
+    lengths = sorted(set(prompt_tokens or [1024, 2048, 4096]))
+    rows = variants(rates or [8], presets or ["kv-compress", "fastkv", "tsp"], fp8=False, off=off)
+    with _model(model, layers, hidden, lengths[-1] + 1) as (folder, decoder):
+        spec = EngineSpec(
+            model=folder,
+            cache_blocks=3 * -(-(lengths[-1] + 1) // BLOCK_TOKENS),
+            max_model_len=lengths[-1] + 1,
+            batched_tokens=batched_tokens,
+            max_seqs=min(16, batched_tokens),
+            dtype=dtype,
+            load_format="auto" if model else "dummy",
+            eager=eager,
+        )
+        points = [Point(1, length) for length in lengths]
+        grid = measure(rows, points, spec, Workload(0, 0, 1), rounds, threads)
+        done = [point.prompt_tokens for point in grid.samples]
+        watched = stopped(rows, done, spec, stopwatches, threads)
 
-    shown, judged = table(rows, grid, watched, rounds), verdicts(rows, grid)
+    prediction = None
+    if decoder is not None:
+        plain_s = {
+            point.prompt_tokens: Summary.of(r.wall_s for r in samples[PLAIN]).median
+            for point, samples in grid.samples.items()
+        }
+        prediction = Prediction.of(decoder, plain_s)
+    shown = table(rows, grid, watched, prediction, rounds)
+    judged = verdicts(rows, grid, prediction)
     console = Console(width=None if sys.stdout.isatty() else REPORT_WIDTH)
     console.print(shown.rich())
     missed = [verdict for verdict in judged if not verdict.met]
@@ -231,18 +330,23 @@ def main(
         console.print(verdict.text(), highlight=False)
     console.print(f"{len(judged) - len(missed)} of {len(judged)} verdicts met", highlight=False)
     picture = json.with_suffix(".png")
-    caption = f"{threads} thread(s) of {cpu_model()}; median and range of {rounds} rounds"
-    plot(rows, grid, watched, picture, caption)
+    of = model or f"a Llama of {layers} layers of width {hidden}, random weights"
+    caption = (
+        f"{of}, {'eager' if eager else 'compiled'}; {threads} thread(s) of {cpu_model()}; median "
+        f"and range of {rounds} rounds"
+    )
+    plot(rows, grid, prediction, picture, caption)
     write_report(
         json,
         threads,
-        {**asdict(spec), "rounds": rounds},
+        {**asdict(spec), "rounds": rounds, "decoder": asdict(decoder) if decoder else None},
         bench="prefill",
-        title="Compression in the prefill",
+        title="Time to the first token",
         tables=[shown],
         plots=[picture],
         verdicts=judged,
         refused=grid.refused,
+        seconds_per_flop=asdict(prediction.cost) if prediction and prediction.cost else None,
         points=[
             {
                 "prompt_tokens": point.prompt_tokens,

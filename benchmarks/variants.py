@@ -53,7 +53,7 @@ class Variant:
         if self.preset is None:
             return 1.0
         settings = shipped_presets()[self.preset].settings(
-            rate=self.rate, force_arena=self.rate == 1
+            rate=self.rate, force_arena=self.engine == FORCED
         )
         return held_share(plan(prompt_tokens, BLOCK_TOKENS, cache_blocks + 1, settings))
 
@@ -79,6 +79,11 @@ def compressing(preset: str, rate: float) -> Variant:
     return Variant(name, f"preset {preset}", COMPRESSING, asks, preset, rate)
 
 
+def keeping_all(preset: str) -> Variant:
+    """A preset that evicts nothing; what it does is done before."""
+    return Variant(preset, f"preset {preset}", COMPRESSING, {"kv_compress": preset}, preset, 1)
+
+
 def variants(
     rates: Sequence[float],
     presets: Sequence[str] = (DEFAULT_PRESET,),
@@ -87,7 +92,7 @@ def variants(
     off: bool = True,
     flag_off: bool = False,
 ) -> list[Variant]:
-    """The rows, plain vLLM first.
+    """The rows, plain vLLM first; a preset whose own rate is 1 has one row, without a rate.
 
     Raises:
         typer.BadParameter: an unknown preset, or a rate that no request may ask for.
@@ -103,8 +108,12 @@ def variants(
             raise typer.BadParameter(f"rate {rate:g} is not between 1 and {MAX_RATE:g}")
     rows = [STOCK]
     rows += [row for row, wanted in ((STOCK_FP8, fp8), (IDLE, flag_off), (ALL_OFF, off)) if wanted]
-    ours = [compressing(preset, rate) for preset in presets for rate in sorted(rates)]
-    return list({row.name: row for row in [*rows, *ours]}.values())
+    for preset in presets:
+        if shipped_presets()[preset].rate == 1:
+            rows.append(keeping_all(preset))
+        else:
+            rows += [compressing(preset, rate) for rate in sorted(rates)]
+    return list({row.name: row for row in rows}.values())
 
 
 @contextmanager

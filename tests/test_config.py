@@ -5,7 +5,7 @@ import math
 import pytest
 
 from vllm_kvcompress.accounting import Settings
-from vllm_kvcompress.config import EngineConfig, parse_engine_config
+from vllm_kvcompress.config import EngineConfig, KnobError, parse_engine_config
 from vllm_kvcompress.presets import DEFAULT_PRESET, Preset, load_preset, shipped_presets
 
 MAX_TOKENS = 4096
@@ -114,6 +114,22 @@ def test_a_request_chooses_its_preset_and_off_means_off() -> None:
     assert asleep.request_settings({"kv_compress": "snapkv"}, 99) == snapkv.settings()
 
 
+def test_cachegen_stands_where_a_preset_may_and_compresses_nothing() -> None:
+    config = parse_engine_config("cachegen")
+    assert config.cachegen == {} and config.asked_presets() == {}
+    assert config.request_settings({}, 99) is None
+    assert config.request_settings({"kv_compress": "snapkv"}, 99).preset == "snapkv"
+    assert (
+        parse_engine_config({"cachegen": {}}).request_settings({"kv_compress": "cachegen"}, 9)
+        is None
+    )
+    with pytest.raises(KnobError, match="no store: start it with") as caught:
+        EngineConfig().request_settings({"kv_compress": "cachegen"}, 99)
+    assert caught.value.reason == "no_store"
+    with pytest.raises(ValueError, match="cannot name a preset"):
+        Preset(name="cachegen", scorer={"name": "a"}, allocator={"name": "b"})
+
+
 def test_a_rate_overrides_the_budget_of_a_preset() -> None:
     small = Preset(
         name="small", scorer={"name": "random"}, allocator={"name": "uniform"}, budget_tokens=64
@@ -155,7 +171,7 @@ def test_fields_beside_the_preset_override_it() -> None:
         (None, "not None"),
         (8, "not 8"),
         ([NOVEL], "characters"),
-        ("nope", "unknown preset 'nope'; known: off, adakv"),
+        ("nope", "unknown preset 'nope'; known: off, cachegen, adakv"),
         (NOVEL, "100000 characters"),
         ({"preset": 3}, "preset: "),
         ({"preset": "snapkv", "rat": 4}, "unknown key 'rat'; known: .*rate"),

@@ -9,6 +9,7 @@ from rich.console import Console
 from rich.table import Table
 
 from vllm_kvcompress.bench.cli import app as bench
+from vllm_kvcompress.bench.tune.command import app as tune
 from vllm_kvcompress.presets import DEFAULT_PRESET, MAX_RATE, Preset, shipped_presets
 from vllm_kvcompress.transport import commands as transport_commands
 from vllm_kvcompress.verify import CannotVerify, Report, verify_server
@@ -23,6 +24,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 app.add_typer(bench, name="bench")
+app.add_typer(tune, name="tune")
 transport_commands.register(app)
 OK, NOT_COMPRESSED, CANNOT_TELL = 0, 1, 2
 
@@ -47,7 +49,10 @@ def presets(
     for preset in shipped.values():
         table.add_row(*_row(preset))
     Console().print(table)
-    typer.echo(f"The default is {DEFAULT_PRESET}; `off` compresses only where a request asks.")
+    typer.echo(
+        f"The default is {DEFAULT_PRESET}; `off` compresses only where a request asks, and so does "
+        "`cachegen`, which keeps prompts' caches in a store (`--kv-compress-store URL`)."
+    )
 
 
 def _row(preset: Preset) -> tuple[str, ...]:

@@ -11,10 +11,11 @@ from pydantic import Field, ValidationError, model_validator
 
 from vllm_kvcompress.accounting import Settings
 from vllm_kvcompress.presets import (
+    CACHEGEN,
     DEFAULT_PRESET,
     MAX_RATE,
-    OFF,
     TASKS,
+    UNCOMPRESSED,
     Preset,
     StrictModel,
     Task,
@@ -42,11 +43,21 @@ REFUSAL_REASONS = (
     "bad_task",
     "tsp_unavailable",
     "tsp_prompt_logprobs",
+    "no_store",
+    "bad_level",
+    "bad_ttft",
+    "level_and_ttft",
 )
+STORE_CONNECTOR = "CacheGenConnector"
+NO_STORE = "this server has no store: start it with `--kv-compress-store URL`"
 AUTO = "auto"
 ATTENTION_ENGINES = ("cpu", "flash_attn", "triton", "flashinfer", "xformers")
 AttentionEngineName = Literal["auto", "cpu", "flash_attn", "triton", "flashinfer", "xformers"]
 UNKNOWN_TASK: Task = "localization"  # of prompts without text
+
+
+class StartupError(ValueError):
+    """The engine cannot start; the message is one line that says what to do."""
 
 
 class KnobError(ValueError):
@@ -61,26 +72,33 @@ class EngineConfig(StrictModel):
     """`additional_config["kv_compress"]`, checked.
 
     preset: what a request gets that names none: a shipped preset, or one of `presets`, or
-        "off" (compress only the requests that ask for it).
+        "off" (compress only the requests that ask for it), or "cachegen" (the same, with a
+        store).
+    cachegen: keeps prompts' caches in a store, whatever the preset; the settings of
+        `transport.settings.ConnectorSettings`. None: no store.
     presets: further presets by name, for instance the file given to `--kv-compress`.
     tsp_max_inflight_tokens: prompt tokens of all requests whose deep layers still wait for
         their last chunk; their hidden states take memory from the cache. None: the context
         length where the model allows TSP; 0: no TSP.
     attention_engine: whose kernel reads compressed requests; "auto" takes the first of
         `ATTENTION_ENGINES` that runs here.
+    task_classifier: what tells the class of a task where a request leaves it to us: the id or
+        folder of a Hugging Face sequence classifier; None: the shipped one.
     test_force_arena: for tests only; sends every prompt through an arena, even at rate 1, and
         through token-selective propagation, even if that selects all tokens.
     """
 
     preset: str = DEFAULT_PRESET
+    cachegen: dict[str, Any] | None = None
     presets: dict[str, Preset] = Field(default_factory=dict)
     tsp_max_inflight_tokens: int | None = Field(default=None, ge=0, le=2**31)
     attention_engine: AttentionEngineName = "auto"
+    task_classifier: str | None = Field(default=None, min_length=1, max_length=1024)
     test_force_arena: bool = False
 
     @model_validator(mode="after")
     def _preset_exists(self) -> "EngineConfig":
-        if self.preset != OFF and self.preset not in self.known_presets():
+        if self.preset not in (*UNCOMPRESSED, *self.known_presets()):
             raise ValueError(unknown_preset(self.preset, self.known_presets()))
         return self
 
@@ -89,8 +107,8 @@ class EngineConfig(StrictModel):
 
     def asked_presets(self) -> dict[str, Preset]:
         """Those that somebody chose for this engine: its own one, and `presets`."""
-        chosen = {} if self.preset == OFF else {self.preset: self.known_presets()[self.preset]}
-        return {**self.presets, **chosen}
+        own = self.known_presets().get(self.preset)
+        return {**self.presets, own.name: own} if own else self.presets
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data, equal after `parse_engine_config`: what travels to every process."""
@@ -119,10 +137,12 @@ class EngineConfig(StrictModel):
         changes: dict[str, Any] = {"force_arena": self.test_force_arena}
         name = knobs.get("kv_compress", self.preset)
         presets = self.known_presets()
-        if not isinstance(name, str) or (name != OFF and name not in presets):
+        if not isinstance(name, str) or name not in (*UNCOMPRESSED, *presets):
             raise KnobError(
                 "kv_compress", "unknown_preset", "kv_compress: " + unknown_preset(name, presets)
             )
+        if name == CACHEGEN and self.cachegen is None:
+            raise KnobError("kv_compress", "no_store", f"kv_compress={CACHEGEN!r}: {NO_STORE}")
         rate, budget = knobs.get("kv_compress_rate"), knobs.get("kv_compress_budget")
         if rate is not None and budget is not None:
             raise KnobError(
@@ -132,7 +152,7 @@ class EngineConfig(StrictModel):
                 f"(got {shorten(rate)} and {shorten(budget)})",
             )
         if "kv_compress_rate" in knobs:
-            if not _is_number(rate) or not 1 <= rate <= MAX_RATE:
+            if not is_number(rate) or not 1 <= rate <= MAX_RATE:
                 raise KnobError(
                     "kv_compress_rate",
                     "bad_rate",
@@ -168,7 +188,7 @@ class EngineConfig(StrictModel):
                     f"kv_compress_task={shorten(task)} is not allowed: give one of "
                     f"{', '.join((*TASKS, AUTO))}",
                 )
-            if name != OFF and not presets[name].tasks:
+            if name in presets and not presets[name].tasks:
                 knowing = [other for other, preset in sorted(presets.items()) if preset.tasks]
                 raise KnobError(
                     "kv_compress_task",
@@ -176,7 +196,7 @@ class EngineConfig(StrictModel):
                     f"kv_compress_task has no effect on preset {name!r}: leave it out, or take "
                     f"a preset that knows tasks: {', '.join(knowing)}",
                 )
-        if name == OFF:
+        if name not in presets:
             return None
         preset = presets[name]
         if preset.propagates and self.tsp_max_inflight_tokens == 0:
@@ -221,6 +241,12 @@ def wants_compression(additional_config: Any) -> bool:
     return value is not None and value is not False
 
 
+def uses_store(config: Any) -> bool:
+    """Whether vLLM's configuration, or its engine's arguments, name our KV connector."""
+    transfer = getattr(config, "kv_transfer_config", None)
+    return getattr(transfer, "kv_connector", None) == STORE_CONNECTOR
+
+
 def parse_engine_config(raw: Any) -> EngineConfig:
     """Check `additional_config["kv_compress"]`: True, a preset's name, or a mapping.
 
@@ -237,13 +263,16 @@ def parse_engine_config(raw: Any) -> EngineConfig:
         )
     own = {k: v for k, v in raw.items() if k in EngineConfig.model_fields}
     overrides = {k: v for k, v in raw.items() if k not in own}
+    if own.get("preset") == CACHEGEN:
+        own = {"cachegen": {}, **own}
     try:
         config = EngineConfig(**own)
         if not overrides:
             return config
-        if config.preset == OFF:
+        if config.preset in UNCOMPRESSED:
             raise ValueError(
-                f"{', '.join(overrides)} would override a preset, but the preset is {OFF!r}"
+                f"{', '.join(overrides)} would override a preset, but the preset is "
+                f"{config.preset!r}"
             )
         unknown = sorted(set(overrides) - set(Preset.model_fields) - {"name"})
         if unknown:
@@ -260,9 +289,9 @@ def parse_engine_config(raw: Any) -> EngineConfig:
         raise ValueError(f"kv_compress: {first_problem(error)}") from None
 
 
-def _is_number(value: Any) -> TypeGuard[int | float]:
+def is_number(value: Any) -> TypeGuard[int | float]:
     return isinstance(value, int | float) and not isinstance(value, bool)
 
 
 def _is_whole(value: Any) -> TypeGuard[int | float]:
-    return _is_number(value) and (isinstance(value, int) or value.is_integer())
+    return is_number(value) and (isinstance(value, int) or value.is_integer())

@@ -1,8 +1,8 @@
 """The door: what vLLM loads through `vllm.general_plugins`, in every process.
 
 Three wrappers, each undone by nothing and doing nothing while the flag is off; `docs/compat.md`
-names them and a test counts them. Two more are installed by the first engine that compresses
-(`vllm_kvcompress/serving/attach.py`), and see to that engine only.
+names them and a test counts them. Three more are installed by the first engine that compresses or
+has a store (`vllm_kvcompress/serving/attach.py`), and see to that engine only.
 """
 
 from collections.abc import Callable
@@ -41,17 +41,24 @@ def _from_cli_args(original: Callable[..., Any], cls: type, args: Any) -> Any:
 def _create_engine_config(
     original: Callable[..., Any], self: Any, *args: Any, **kwargs: Any
 ) -> Any:
-    from vllm_kvcompress.config import wants_compression
+    from vllm_kvcompress.config import StartupError, uses_store, wants_compression
 
-    if not wants_compression(self.additional_config):
+    compresses = wants_compression(self.additional_config)
+    if not compresses and not uses_store(self):
         return original(self, *args, **kwargs)
-    from vllm_kvcompress.engine.refusals import StartupError
     from vllm_kvcompress.engine.setup import configured
     from vllm_kvcompress.serving.attach import attach
     from vllm_kvcompress.serving.flags import stop
+    from vllm_kvcompress.transport.setup import add_connector, check_connector
 
     try:
-        vllm_config = configured(original, self, *args, **kwargs)
+        if compresses:
+            add_connector(self)
+            vllm_config = configured(original, self, *args, **kwargs)
+        else:
+            vllm_config = original(self, *args, **kwargs)
+        if uses_store(vllm_config):
+            check_connector(vllm_config)
     except StartupError as error:
         if getattr(self, "kv_compress_from_cli", False):
             stop(error)

@@ -15,7 +15,8 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 
 from vllm_kvcompress.accounting import Settings
 
-OFF = "off"
+OFF, CACHEGEN = "off", "cachegen"
+UNCOMPRESSED = (OFF, CACHEGEN)  # stand where a preset may
 DEFAULT_PRESET = "kv-compress"
 MAX_RATE = 1024
 Task = Literal["localization", "aggregation"]
@@ -52,6 +53,7 @@ class Preset(StrictModel):
 
     group_layers: layers that share one scoring (WindowKV): a number that divides the model's,
         or "quarter": a quarter of the layers (8 of 32), or the next smaller divisor.
+    group_leader: which layer of each group is scored, 0 for its first (WindowKV), or "last".
     tasks: changes for the classes of tasks (WindowKV), for both of them or none.
     task: the class of a request that names none; "auto": the one its prompt looks like.
     tsp_rate, tsp_tokens: with one of them, only so many tokens of a prompt, chosen by
@@ -72,6 +74,7 @@ class Preset(StrictModel):
     continual: bool = False
     continual_slack_blocks: int = Field(default=4, ge=1, le=1024)
     group_layers: Annotated[int, Field(ge=1)] | Literal["quarter"] = 1
+    group_leader: Annotated[int, Field(ge=0)] | Literal["last"] = 0
     tasks: dict[Task, TaskChanges] = Field(default_factory=dict)
     task: Task | Literal["auto"] = "auto"
     propagator: Component = Component(name="attention")
@@ -80,17 +83,22 @@ class Preset(StrictModel):
     tsp_layer: int | None = Field(default=None, ge=0)
 
     @model_validator(mode="after")
-    def _off_is_reserved(self) -> "Preset":
-        if self.name == OFF:
-            raise ValueError(f"{OFF!r} means no compression and cannot name a preset")
+    def _name_is_free(self) -> "Preset":
+        if self.name in UNCOMPRESSED:
+            raise ValueError(f"{self.name!r} means no compression and cannot name a preset")
         return self
 
     @model_validator(mode="after")
-    def _one_tsp_size(self) -> "Preset":
+    def _tsp_fits(self) -> "Preset":
         if self.tsp_rate is not None and self.tsp_tokens is not None:
             raise ValueError("tsp_rate and tsp_tokens exclude each other: give one of them")
         if self.tsp_layer is not None and not self.propagates:
             raise ValueError("tsp_layer has no effect without tsp_rate or tsp_tokens")
+        if self.group_leader != 0 and self.propagates:
+            raise ValueError(
+                "group_leader must be 0 with tsp_rate or tsp_tokens: a layer that saw the selected "
+                "tokens only cannot judge for one below that saw them all"
+            )
         return self
 
     @property
@@ -144,6 +152,21 @@ class Preset(StrictModel):
                 f"model's {layers} layers; allowed: {', '.join(map(str, divisors))} or 'quarter'"
             )
         return self.group_layers
+
+    def leader_of_group(self, layers: int) -> int:
+        """`group_leader` for a model of that many layers, 0-based inside the group.
+
+        Raises:
+            ValueError: a group has not so many layers.
+        """
+        size = self.layers_per_group(layers)
+        leader = size - 1 if self.group_leader == "last" else self.group_leader
+        if leader >= size:
+            raise ValueError(
+                f"preset {self.name!r}: group_leader={leader}, but a group has {size} layer(s); "
+                f"allowed: 0 to {size - 1} or 'last'"
+            )
+        return leader
 
     def settings(self, **changes: Any) -> Settings:
         """The numbers of this preset as the arithmetic wants them."""
@@ -201,7 +224,7 @@ def _parse_preset(text: str, where: str) -> Preset:
 
 
 def unknown_preset(name: Any, presets: Mapping[str, Preset]) -> str:
-    return f"unknown preset {shorten(name)}; known: {', '.join([OFF, *sorted(presets)])}"
+    return f"unknown preset {shorten(name)}; known: {', '.join([*UNCOMPRESSED, *sorted(presets)])}"
 
 
 def first_problem(error: ValidationError) -> str:

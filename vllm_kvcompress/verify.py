@@ -12,7 +12,7 @@ from typing import Any
 
 import httpx
 
-from vllm_kvcompress.presets import DEFAULT_PRESET, OFF
+from vllm_kvcompress.presets import DEFAULT_PRESET, OFF, UNCOMPRESSED
 
 ANSWER_TOKENS = 16
 TEMPLATE_TOKENS = 16
@@ -94,7 +94,7 @@ def verify_server(
         served = server.model(model)
         if not preset:
             preset = server.stats()["preset"]
-            preset = DEFAULT_PRESET if preset == OFF else preset
+            preset = DEFAULT_PRESET if preset in UNCOMPRESSED else preset
         room = served.get("max_model_len", tokens) - ANSWER_TOKENS - TEMPLATE_TOKENS
         prompt = prompt or long_prompt(served, min(tokens, room))
         off = server.ask(served["id"], prompt, {"kv_compress": OFF})

@@ -127,8 +127,11 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return x * cos + torch.cat((-second, first), dim=-1) * sin
 
 
-def export(network: Network, folder: Path) -> None:
-    """Write model.safetensors and the two configs that transformers and vLLM load."""
+def export(network: Network, folder: Path, stored: torch.dtype = torch.float32) -> None:
+    """Write model.safetensors and the two configs that transformers and vLLM load.
+
+    stored: what the weights are rounded to in the file; they are computed with in float32.
+    """
     shape, vocab = network.shape, vocabulary()
     trained = network.embed_tokens.weight.detach()
     copies = trained[[vocab[origin] for _, origin in respellings()]] * SPELLING_SCALE
@@ -136,6 +139,7 @@ def export(network: Network, folder: Path) -> None:
     padding = trained.new_zeros(n_tokens - len(vocab), shape.d_model)
     tensors = {f"model.{name}": p.detach() for name, p in network.named_parameters()}
     tensors["model.embed_tokens.weight"] = torch.cat([trained, copies, padding])
+    tensors = {name: tensor.to(stored) for name, tensor in tensors.items()}
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
     ends = {"eos_token_id": SPECIAL.index("<|end|>"), "bos_token_id": SPECIAL.index("<|begin|>")}
     ends["pad_token_id"] = SPECIAL.index("<|pad|>")

@@ -149,10 +149,14 @@ class Encoder:
 class Trainer:
     """Network, optimizer and progress, with everything needed to go on after an interruption."""
 
-    def __init__(self, seed: int, curriculum: tuple[Phase, ...]) -> None:
+    stored = torch.float32
+
+    def __init__(
+        self, seed: int, curriculum: tuple[Phase, ...], shape: Shape | None = None
+    ) -> None:
         torch.manual_seed(seed)
         self.seed, self.curriculum = seed, curriculum
-        self.network = Network(Shape())
+        self.network = Network(shape or Shape())
         matrices = [p for p in self.network.parameters() if p.dim() > 1]
         vectors = [p for p in self.network.parameters() if p.dim() == 1]
         self.optimizer = torch.optim.AdamW(
@@ -261,7 +265,7 @@ class Trainer:
         with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".demo_model-") as temporary:
             fresh = Path(temporary)
             save_tokenizer(fresh)
-            export(self.network, fresh)
+            export(self.network, fresh, self.stored)
             (fresh / "training.json").write_text(json.dumps(self.summary(), indent=2) + "\n")
             for path in fresh.iterdir():
                 path.chmod(0o644)
@@ -291,19 +295,23 @@ def train(
     last saved in --work.
     """
     torch.set_num_threads(threads)
+    run(Trainer(seed, CURRICULUM), out, work, stop_after_s)
+
+
+def run(trainer: Trainer, out: Path, work: Path, stop_after_s: float) -> None:
+    """Train until the curriculum or the time ends, from the state in `work` if there is one."""
     work.mkdir(parents=True, exist_ok=True)
-    trainer = Trainer(seed, CURRICULUM)
     if (work / "state.safetensors").exists():
         trainer.load(work)
     trainer.publish(out)
     started = saved = time.monotonic()
     while not trainer.done and time.monotonic() - started < stop_after_s:
         index = trainer.progress["phase"]
-        phase = CURRICULUM[index]
+        phase = trainer.curriculum[index]
         bar = tqdm(
             total=trainer.steps_of(phase) * phase.batch_tokens,
             initial=trainer.progress["step"] * phase.batch_tokens,
-            desc=f"{index + 1}/{len(CURRICULUM)} {phase.name}",
+            desc=f"{index + 1}/{len(trainer.curriculum)} {phase.name}",
             unit="tok",
             unit_scale=True,
             mininterval=10,

@@ -83,11 +83,15 @@ Encoder::Choice Encoder::adapt(const int16_t* q, int tokens, bool lossless) {
   const bool delta = !lossless && 8 * sums.steps < 7 * sums.magnitude;
   int shift = 0;
   k_.residuals(q, tokens, sums.centre, delta, residuals_.data());
-  if (!lossless)
-    while (shift < kMaxShift && k_.escapes(residuals_.data(), tokens, shift) * 256 > tokens) ++shift;
-  k_.symbols(residuals_.data(), tokens, shift, biased_[0].data(), symbols_[0].data());
+  k_.symbols(residuals_.data(), tokens, 0, biased_[0].data(), symbols_[0].data());
   int16_t counts[kSymbols];
   k_.histogram(symbols_[0].data(), tokens, counts);
+  if (!lossless && counts[kEscape] * 256 > tokens) {
+    do ++shift;
+    while (shift < kMaxShift && k_.escapes(residuals_.data(), tokens, shift) * 256 > tokens);
+    k_.symbols(residuals_.data(), tokens, shift, biased_[0].data(), symbols_[0].data());
+    k_.histogram(symbols_[0].data(), tokens, counts);
+  }
 
   int offset = kOffsets / 2;
   if (!delta && !shift) {

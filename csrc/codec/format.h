@@ -4,6 +4,12 @@
 #include <cstdint>
 #include <cstring>
 
+#ifdef __CUDACC__
+#define KVC_BOTH __host__ __device__  // for the CPU's code and the GPU's
+#else
+#define KVC_BOTH
+#endif
+
 namespace kvc {
 
 constexpr int kSymbols = 32;        // 0 escapes, 1..31 stand for -15..15
@@ -18,6 +24,7 @@ constexpr int kMaxQuantised = 8191;
 constexpr int kMaxShift = 10;
 constexpr int kEscape = 0, kEscapeBits = 16;
 constexpr int kCostUnit = 256;      // costs are in 1/256 bits
+constexpr float kRounder = 12582912.0f;  // 1.5 * 2^23: adding it rounds to an integer, ties to even
 
 enum class Dtype : uint8_t { bf16 = 0, fp16 = 1, fp32 = 2 };
 enum class Quantiser : uint8_t { fixed_step = 0, per_token = 1, lossless = 2 };
@@ -28,8 +35,8 @@ struct Channel {
   uint8_t flags;  // bits 0-3 shift, bit 7 delta
   int16_t centre;
 
-  int shift() const { return flags & 15; }
-  bool delta() const { return flags & 128; }
+  KVC_BOTH int shift() const { return flags & 15; }
+  KVC_BOTH bool delta() const { return flags & 128; }
 };
 static_assert(sizeof(Channel) == 4);
 constexpr int kFromProfile = 0, kOwnTable = 255, kTables = 256;
@@ -43,10 +50,10 @@ struct SectionHeader {
 };
 static_assert(sizeof(SectionHeader) == 20);
 
-inline size_t dtype_bytes(Dtype d) { return d == Dtype::fp32 ? 4 : 2; }
+KVC_BOTH inline size_t dtype_bytes(Dtype d) { return d == Dtype::fp32 ? 4 : 2; }
 
 // A value of this type by its bits.
-inline float as_float(uint32_t bits, Dtype d) {
+KVC_BOTH inline float as_float(uint32_t bits, Dtype d) {
   if (d == Dtype::fp16) {
     const float magnitude = (bits & 0x3ff) / 1024.0f, exponent = float(bits >> 10 & 31);
     const uint32_t scale = bits >> 10 & 31 ? ((bits >> 10 & 31) + 112) << 23 : 113u << 23;
@@ -62,11 +69,11 @@ inline float as_float(uint32_t bits, Dtype d) {
 }
 
 // Bytes that one channel's raw bits take.
-inline size_t raw_bytes(int bits, int tokens) { return (size_t(bits) * tokens + 7) / 8; }
+KVC_BOTH inline size_t raw_bytes(int bits, int tokens) { return (size_t(bits) * tokens + 7) / 8; }
 // Bits below the exponent, kept raw: of the upper half for fp32, whose lower half follows whole.
-inline int mantissa_bits(Dtype d) { return d == Dtype::fp16 ? 10 : 7; }
+KVC_BOTH inline int mantissa_bits(Dtype d) { return d == Dtype::fp16 ? 10 : 7; }
 
-inline int lanes_for(size_t symbols) {
+KVC_BOTH inline int lanes_for(size_t symbols) {
   return symbols >= (1u << 17) ? 64 : symbols >= (1u << 16) ? 32 : 16;
 }
 

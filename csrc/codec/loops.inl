@@ -2,6 +2,8 @@
 // No standard library here: a shared inline function could leak instructions to other machines.
 
 typedef float v8f __attribute__((vector_size(32)));
+typedef float v4f __attribute__((vector_size(16)));
+typedef double v4d __attribute__((vector_size(32)));
 typedef int32_t v8i __attribute__((vector_size(32)));
 typedef uint32_t v8u __attribute__((vector_size(32)));
 typedef int16_t v8s __attribute__((vector_size(16)));
@@ -13,8 +15,6 @@ typedef uint16_t v8h __attribute__((vector_size(16)));
 #define KVC_SHUFFLE(a, b, ...) __builtin_shuffle(a, b, (v8s){__VA_ARGS__})
 #endif
 #define KVC_INLINE static inline __attribute__((always_inline))
-
-constexpr float kRounder = 12582912.0f;  // 1.5 * 2^23: adding it rounds to an integer, ties to even
 
 template <class To, class From>
 KVC_INLINE To load(const From* p) {
@@ -79,21 +79,26 @@ KVC_INLINE void over_tiles(int tokens, int channels, Tile tile) {
     for (int c = 0; c < channels; c += 8) tile(t, c);
 }
 
+// Eight floats of a row that has n more; those beyond are zero.
+template <Dtype D>
+KVC_INLINE v8f load_row(const void* x, size_t i, size_t n) {
+  if (n >= 8) return load_floats<D>(x, i);
+  uint32_t rest[8] = {};
+  __builtin_memcpy(rest, (const char*)x + i * dtype_bytes(D), n * dtype_bytes(D));
+  return load_floats<D>(rest, 0);
+}
+
 template <Dtype D>
 double sum_squares_of(const void* x, size_t n) {
-  double sums[8] = {};
-  size_t i = 0;
-  for (; i + 8 <= n; i += 8) {
-    v8f f = load_floats<D>(x, i);
-    for (int j = 0; j < 8; ++j) sums[j] += double(f[j]) * double(f[j]);
+  v4d a = {}, b = {};
+  for (size_t i = 0; i < n; i += 8) {
+    const v8f row = load_row<D>(x, i, n - i);
+    const v4d low = __builtin_convertvector(load<v4f>((const float*)&row), v4d);
+    const v4d high = __builtin_convertvector(load<v4f>((const float*)&row + 4), v4d);
+    a += low * low;
+    b += high * high;
   }
-  if (i < n) {
-    uint32_t rest[8] = {};
-    __builtin_memcpy(rest, (const char*)x + i * dtype_bytes(D), (n - i) * dtype_bytes(D));
-    v8f f = load_floats<D>(rest, 0);
-    for (int j = 0; j < 8; ++j) sums[j] += double(f[j]) * double(f[j]);
-  }
-  return ((sums[0] + sums[1]) + (sums[2] + sums[3])) + ((sums[4] + sums[5]) + (sums[6] + sums[7]));
+  return ((a[0] + a[1]) + (a[2] + a[3])) + ((b[0] + b[1]) + (b[2] + b[3]));
 }
 
 uint32_t row_max(const void* x, Dtype dtype, size_t n) {
@@ -112,19 +117,10 @@ uint32_t row_max(const void* x, Dtype dtype, size_t n) {
   return dtype == Dtype::fp32 ? most : top;
 }
 
-// One row of a tile as floats; elements outside are zero.
-template <Dtype D>
-KVC_INLINE v8f load_row(const void* x, size_t i, int n) {
-  if (n >= 8) return load_floats<D>(x, i);
-  uint32_t rest[8] = {};
-  __builtin_memcpy(rest, (const char*)x + i * dtype_bytes(D), n * dtype_bytes(D));
-  return load_floats<D>(rest, 0);
-}
-
 template <Dtype D>
 bool quantise_of(const void* x, int tokens, int stride, int channels, const float* by_token,
                  const float* by_channel, int even, int16_t* q, int q_stride) {
-  v8i bad = {};
+  v8i room = {};
   const v8f rounder = v8f{} + (kRounder + float(even));
   const v8i rounder_bits = (v8i)rounder;
   over_tiles(tokens, channels, [&](int t, int c) {
@@ -133,17 +129,18 @@ bool quantise_of(const void* x, int tokens, int stride, int channels, const floa
     for (int i = 0; i < 8; ++i) {
       rows[i] = v8s{};
       if (t + i >= tokens) continue;
-      v8f y = load_row<D>(x, size_t(t + i) * stride + c, channels - c);
+      if (c == 0) __builtin_prefetch((const char*)x + size_t(t + i + 16) * stride * dtype_bytes(D));
+      v8f y = load_row<D>(x, size_t(t + i) * stride + c, size_t(channels - c));
       y = y * by_token[t + i] * scale;
-      bad |= (v8i)(((v8u)y & 0x7fffffffu) > 0x45fff800u);  // 8191
+      room |= 0x45fff800 - ((v8i)y & 0x7fffffff);  // to 8191: the sign stays once one is beyond
       rows[i] = __builtin_convertvector((v8i)(y + rounder) - rounder_bits, v8s);
     }
     transpose(rows);
     for (int i = 0; i < 8 && c + i < channels; ++i) store(q + size_t(c + i) * q_stride + t, rows[i]);
   });
   int any = 0;
-  for (int i = 0; i < 8; ++i) any |= bad[i];
-  return !any;
+  for (int i = 0; i < 8; ++i) any |= room[i];
+  return any >= 0;
 }
 
 template <Dtype D>
@@ -239,17 +236,17 @@ void dequantise(void* x, Dtype d, int tokens, int stride, int channels, const fl
 }
 
 ChannelSums sums(const int16_t* q, int tokens) {
-  int32_t sum = 0, magnitude = 0, steps = 0;
-  for (int t = 0; t < tokens; ++t) sum += q[t];
+  int32_t sum = q[0], magnitude = 0, steps = 0;
+  for (int t = 1; t < tokens; ++t) {
+    const int32_t d = q[t] - q[t - 1];
+    sum += q[t];
+    steps += d < 0 ? -d : d;
+  }
   const int32_t twice = 2 * sum + tokens, width = 2 * tokens;
   const int32_t centre = twice >= 0 ? twice / width : -((width - 1 - twice) / width);
   for (int t = 0; t < tokens; ++t) {
-    int32_t d = q[t] - centre;
+    const int32_t d = q[t] - centre;
     magnitude += d < 0 ? -d : d;
-  }
-  for (int t = 1; t < tokens; ++t) {
-    int32_t d = q[t] - q[t - 1];
-    steps += d < 0 ? -d : d;
   }
   return {sum, magnitude, steps, centre};
 }
@@ -304,16 +301,14 @@ void join(const int16_t* exponents, const uint16_t* raw, int tokens, int mantiss
 }
 
 void histogram(const uint8_t* symbols, int tokens, int16_t* counts) {
-  int16_t part[8][kSymbols] = {};  // neighbours are often equal: do not wait for their stores
+  constexpr int kParts = 4;  // neighbours are often equal: do not wait for their stores
+  int16_t part[kParts][kSymbols] = {};
   int t = 0;
-  for (; t + 8 <= tokens; t += 8)
-    for (int i = 0; i < 8; ++i) ++part[i][symbols[t + i]];
+  for (; t + kParts <= tokens; t += kParts)
+    for (int i = 0; i < kParts; ++i) ++part[i][symbols[t + i]];
   for (; t < tokens; ++t) ++part[0][symbols[t]];
-  for (int s = 0; s < kSymbols; ++s) {
-    int16_t sum = 0;
-    for (int i = 0; i < 8; ++i) sum = int16_t(sum + part[i][s]);
-    counts[s] = sum;
-  }
+  for (int s = 0; s < kSymbols; ++s)
+    counts[s] = int16_t(part[0][s] + part[1][s] + part[2][s] + part[3][s]);
 }
 
 int cost(const int16_t* counts, const int16_t* costs) {
@@ -322,19 +317,38 @@ int cost(const int16_t* counts, const int16_t* costs) {
   return total;
 }
 
-// n lanes of one group, the last lane first.
-KVC_INLINE void encode_lanes(RansWriter& w, const uint8_t* symbols, int n, const Table& table) {
+// What the coder needs of a symbol, in one place: the table of all reciprocals is a whole cache.
+struct Step {
+  uint64_t reciprocal;
+  uint32_t freq, start;
+};
+// n lanes of one group, the last lane first. Without branches: whether a word leaves is random.
+KVC_INLINE void encode_lanes(RansWriter& w, const uint8_t* symbols, int n, const Step* steps) {
+  uint32_t* const states = w.states;
+  uint16_t* out = w.out;
   for (int lane = n - 1; lane >= 0; --lane) {
-    const uint8_t s = symbols[lane];
-    const uint32_t freq = table.freq[s];
-    uint32_t x = w.states[lane];
-    if ((x >> 20) >= freq) {
-      *--w.out = uint16_t(x);
-      x >>= 16;
-    }
-    const uint32_t quotient = uint32_t((x * reciprocals[freq]) >> 44);
-    w.states[lane] = (quotient << kProbBits) + (x - quotient * freq) + table.start[s];
+    const Step& step = steps[symbols[lane]];
+    uint32_t x = states[lane];
+    const bool full = (x >> 20) >= step.freq;
+    out[-1] = uint16_t(x);
+    out -= full;
+    x = full ? x >> 16 : x;
+    const uint32_t quotient = uint32_t((x * step.reciprocal) >> 44);
+    states[lane] = (quotient << kProbBits) + (x - quotient * step.freq) + step.start;
   }
+  w.out = out;
+}
+
+// Tokens from `first`, a multiple of the lanes, to the end; the last group first.
+KVC_INLINE void encode_from(int first, RansWriter& w, const uint8_t* symbols, int tokens,
+                            const Table& table) {
+  if (first == tokens) return;
+  Step steps[kSymbols];
+  for (int s = 0; s < kSymbols; ++s)
+    steps[s] = {reciprocals[table.freq[s]], table.freq[s], table.start[s]};
+  int at = tokens - tokens % w.lanes;
+  encode_lanes(w, symbols + at, tokens - at, steps);
+  while ((at -= w.lanes) >= first) encode_lanes(w, symbols + at, w.lanes, steps);
 }
 
 // Lanes [0, n) of one group, never reading past the end.

@@ -89,7 +89,7 @@ KVC_INLINE __m256i encode_eight(__m256i x, __m256i freq, __m256i start, uint16_t
 void encode(RansWriter& w, const uint8_t* symbols, int tokens, const Table& table) {
   const Lookup freqs = Lookup::of(table.freq), starts = Lookup::of(table.start);
   int at = tokens - tokens % w.lanes;
-  encode_lanes(w, symbols + at, tokens - at, table);
+  encode_from(at, w, symbols, tokens, table);
   uint16_t* out = w.out;
   for (; at > 0; at -= 16) {
     uint32_t* states = w.states + (at - 16) % w.lanes;

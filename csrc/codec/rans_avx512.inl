@@ -33,12 +33,8 @@ KVC_INLINE __m512i encode_sixteen(__m512i x, __m512i freq, __m512i start, uint16
 }
 
 void encode(RansWriter& w, const uint8_t* symbols, int tokens, const Table& table) {
-  int at = tokens - tokens % w.lanes;
-  encode_lanes(w, symbols + at, tokens - at, table);
-  if (w.lanes == 16) {
-    while ((at -= 16) >= 0) encode_lanes(w, symbols + at, 16, table);
-    return;
-  }
+  int at = w.lanes == 16 ? 0 : tokens - tokens % w.lanes;
+  encode_from(at, w, symbols, tokens, table);
   const __m512i freqs = _mm512_loadu_si512(table.freq), starts = _mm512_loadu_si512(table.start);
   uint16_t* out = w.out;
   for (; at > 0; at -= 32) {

@@ -7,11 +7,10 @@
 namespace kvc {
 
 uint64_t reciprocals[kProbScale];
+int16_t symbol_costs[kProbScale + 1];
+int32_t count_logs[kMaxTokens + 1];
 
 namespace {
-
-int16_t symbol_costs[kProbScale + 1];
-int32_t count_logs[kMaxTokens + 1];  // log2(n) * 2^16
 
 void fill_constants() {
   for (int f = 1; f < kProbScale; ++f) {

@@ -18,10 +18,13 @@ struct Codebook {
   CostedTable tables[2][kTables];
   uint16_t spreads[2][kOffsets][kSpreads];  // mean |residual| * 256 of each column, ascending
 
-  static int index(int shape, int offset, int spread) {
+  KVC_BOTH static int index(int shape, int offset, int spread) {
     return 1 + (shape * kOffsets + offset) * kSpreads + spread;
   }
 };
+
+extern int16_t symbol_costs[kProbScale + 1];  // by frequency
+extern int32_t count_logs[kMaxTokens + 1];    // log2(n) * 2^16
 
 void prepare_constants();  // idempotent, thread-safe
 bool valid_frequencies(const uint16_t* freq);

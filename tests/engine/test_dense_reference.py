@@ -188,8 +188,10 @@ def test_samples_of_one_prompt_each_attend_to_what_they_kept():
     assert_all_free(llm, initial)
 
 
-def test_layers_of_a_group_are_scored_once_and_keep_the_same_tokens():
-    llm = engine({"preset": "windowkv", "group_layers": 2, "rate": 4}, step_tokens=256)
+@pytest.mark.parametrize(("leader", "scored"), [(0, [0, 2]), ("last", [1, 3])])
+def test_layers_of_a_group_are_scored_once_and_keep_the_same_tokens(leader, scored):
+    own = {"preset": "windowkv", "group_layers": 2, "group_leader": leader, "rate": 4}
+    llm = engine(own, step_tokens=256)
     requests = [(prompt(Random(9), n), greedy(8)) for n in (300, 417)]
     policy = compressor_of(llm)._policy(compressor_of(llm)._config.settings_or_off(None))
     scorer = type(policy.scorer)
@@ -199,7 +201,7 @@ def test_layers_of_a_group_are_scored_once_and_keep_the_same_tokens():
             scorer, "score", lambda self, obs, l: (passes.append(l), score(self, obs, l))[1]
         )
         results = watched(llm, requests)
-    assert passes == [0, 2, 0, 2]
+    assert passes == scored * 2
     for answer, (arena,) in results:
         dense.check(answer, [arena])
         n = len(answer.prompt)

@@ -40,6 +40,9 @@ from transformers import (
     Qwen3ForCausalLM,
 )
 
+from vllm_kvcompress import accounting
+from vllm_kvcompress.presets import shipped_presets
+
 pytestmark = pytest.mark.engine
 LAYER, WINDOW = 1, 8  # of 4 layers; as published
 
@@ -122,25 +125,49 @@ def test_prompts_in_any_chunks_equal_the_dense_reference(preset, step_tokens):
     assert_nothing_left(llm, initial)
 
 
-def test_prompts_in_a_mixed_batch_say_what_they_say_alone():
-    """Prefills of many presets, decodes and propagated prompts in the same steps."""
-    llm = engine({"rate": 6}, step_tokens=150)
-    initial = free_blocks(llm)
-    presets = ["tsp", "off", "fastkv", "kv-compress", "tsp", "windowkv", "fastkv", "snapkv"]
-    lengths = [300, 260, 410, 333, 128, 290, 222, 350]
-    asked = [
-        (prompt(Random(n), n), greedy(24, {"kv_compress": name}))
-        for n, name in zip(lengths, presets, strict=True)
-    ]
-    together = watched(llm, asked, arrive_every=2)
-    llm.reset_prefix_cache()
-    for (got, arenas), request in zip(together, asked, strict=True):
+def every_policy_with_propagation():
+    """Each shipped preset that evicts, with selected tokens above one layer or another."""
+    found = {}
+    for i, preset in enumerate(shipped_presets().values()):
+        if not preset.propagates:
+            own = {"name": f"tsp-{preset.name}", "group_leader": 0, "tsp_rate": 0.3}
+            own["tsp_layer"] = i % 3
+            found[own["name"]] = preset.model_copy(update=own).model_dump(mode="json")
+    windows = found["tsp-windowkv"] | {"name": "tsp-global-windows"}
+    return found | {"tsp-global-windows": windows | {"allocator": {"name": "global"}}}
+
+
+def test_requests_of_every_preset_in_one_storm_say_what_each_says_alone():
+    """Prefills and decodes of all presets and of none in the same steps, and preemptions; the
+    presets with propagation select above three different layers."""
+    ours = every_policy_with_propagation()
+    llm = engine({"rate": 6, "presets": ours}, blocks=150, step_tokens=200)
+    initial, rng = free_blocks(llm), Random(11)
+    presets = compressor_of(llm)._config.known_presets()
+    names = [*presets, "off", "off"]
+    rng.shuffle(names)
+    asked = []
+    for name in names:
+        task = {"kv_compress_task": "aggregation"} if name != "off" and presets[name].tasks else {}
+        knobs = {"kv_compress": name} | task
+        asked.append((prompt(rng, rng.randrange(130, 300)), greedy(6, knobs)))
+    with counted(scheduler_of(llm), "_preempt_request") as preempted:
+        together = watched(llm, asked, arrive_every=1, preempt_at={20, 45})
+    assert len(preempted) > 4
+    propagated = 0
+    for (got, arenas), name, request in zip(together, names, asked, strict=True):
+        llm.reset_prefix_cache()
         ((alone, _),) = watched(llm, [request])
         assert_same_words([got], [alone])
-        if request[1].extra_args["kv_compress"] in ("tsp", "fastkv"):
-            assert_as_dense(got, arenas)
-        elif arenas:
-            dense.check(got, arenas)
+        plan, settings = plan_of(llm, len(got.prompt), request[1].extra_args)
+        if plan.tsp_tokens is not None:
+            n, layer = len(got.prompt), presets[name].last_full_layer(4)
+            kept = dense.propagated(got.prompt, layer, plan.tsp_tokens, settings.window_tokens)
+            masks = dense.selected_masks(n + len(got.tokens), n, layer, kept)
+            assert arenas, name
+            dense.check(got, arenas, masks=masks)
+            propagated += 1
+    assert propagated > len(ours)
     assert_nothing_left(llm, initial)
 
 
@@ -256,23 +283,17 @@ def test_propagation_goes_with_any_policy(own):
         n, (plan, settings) = len(answer.prompt), plan_of(llm, len(answer.prompt))
         assert plan.tsp_tokens < n
         layer = own.get("tsp_layer", LAYER)
-        kept = selected_by(llm, answer.prompt, settings, plan.tsp_tokens, layer)
+        kept = dense.propagated(answer.prompt, layer, plan.tsp_tokens, settings.window_tokens)
         masks = dense.selected_masks(n + len(answer.tokens), n, layer, kept)
         assert len(arenas) > 1 if "continual" in own["preset"] else len(arenas) == 1
         dense.check(answer, arenas, masks=masks)
     assert_nothing_left(llm, initial)
 
 
-def plan_of(llm, n):
-    from vllm_kvcompress import accounting
-
+def plan_of(llm, n, knobs=None):
     compressor = compressor_of(llm)
-    settings = compressor._config.settings_or_off(None)
+    settings = compressor._config.settings_or_off(knobs)
     return accounting.plan(n, BLOCK, compressor.pool.num_blocks, settings), settings
-
-
-def selected_by(llm, ids, settings, count, layer):
-    return dense.propagated(ids, layer, count, settings.window_tokens)
 
 
 @pytest.mark.timeout(600)

@@ -13,6 +13,7 @@ from engine.engines import (
     prompt,
     scheduler_of,
 )
+from policy.bert import save_bert
 
 pytestmark = pytest.mark.engine
 SUMMARY = "\n\nWrite a summary of the whole text."
@@ -81,3 +82,15 @@ def test_auto_tells_the_class_of_each_prompt_of_a_batch():
     assert told_of == {len(prompts[0]): "aggregation", len(prompts[1]): "localization"}
     assert tasks == {"localization", "aggregation"}
     assert params.extra_args == {"kv_compress_task": "auto"}, "the user's own object was changed"
+
+
+def test_a_classifier_named_instead_tells_the_class(tmp_path):
+    classifier = save_bert(tmp_path, leaning="aggregation")
+    llm = engine({"preset": "windowkv", "rate": 6, "task_classifier": classifier}, blocks=64)
+    question = _tokenizer().encode(QUESTION, add_special_tokens=False).ids
+    asked = prompt(Random(3), 300) + question
+    for knobs in (None, {"kv_compress_task": "auto"}):
+        _, tasks = told(llm, [asked], greedy(2, knobs))
+        assert tasks == {"aggregation"}
+    _, tasks = told(llm, [asked], greedy(2, {"kv_compress_task": "localization"}))
+    assert tasks == {"localization"}

@@ -1,4 +1,4 @@
-// As much of CUDA as the page kernels use, for a C++ compiler: their very source runs on a CPU.
+// As much of CUDA as csrc/ uses, for a C++ compiler: the kernels' very source runs on a CPU.
 //
 // Every thread of a block is a fiber. A fiber runs until it needs the others, at a barrier or a
 // shuffle; when all wait, all go on. If some wait at one kind and others at another, or some have
@@ -16,6 +16,7 @@
 
 #define __global__
 #define __device__
+#define __host__
 #define __forceinline__ inline
 #define __launch_bounds__(threads)
 #define __shared__ static
@@ -45,7 +46,7 @@ struct Block {
     std::vector<ucontext_t> fibers;
     std::vector<char> stacks;
     std::vector<Place> places;
-    std::vector<float> given[2];  // what each fiber gives to a shuffle: this one's and the next
+    std::vector<uint64_t> given[2];  // what each fiber gives to a shuffle: this one's and the next
     std::vector<int> turn;
     ucontext_t scheduler;
     std::function<void()> body;
@@ -70,7 +71,7 @@ inline int run_block(int threads) {
     block.stacks.resize(threads * Block::STACK_BYTES);
     block.places.assign(threads, RUNNING);
     block.turn.assign(threads, 0);
-    for (auto& given : block.given) given.assign(threads, NAN);
+    for (auto& given : block.given) given.assign(threads, ~uint64_t(0));
     for (int i = 0; i < threads; ++i) {
         getcontext(&block.fibers[i]);
         block.fibers[i].uc_stack.ss_sp = &block.stacks[i * Block::STACK_BYTES];
@@ -103,13 +104,83 @@ int launch(void (*kernel)(Arguments), dim3 grid, int threads, void*, Arguments a
 
 inline void __syncthreads() { host::wait_at(host::BARRIER); }
 
-inline float __shfl_xor_sync(uint32_t, float mine, int far) {
+inline void __syncwarp() { host::wait_at(host::BARRIER); }
+
+namespace host {
+
+constexpr unsigned WARP = 32;
+
+// Gives a value to the others of the warp and waits until all have given theirs.
+template <typename T>
+const uint64_t* exchange(T mine) {
+    static_assert(sizeof(T) <= sizeof(uint64_t), "a register pair at most");
     const unsigned me = threadIdx.x;
-    auto& given = host::block.given[host::block.turn[me]++ % 2];
-    given[me] = mine;
-    host::wait_at(host::SHUFFLE);
-    return given[me ^ far];
+    auto& given = block.given[block.turn[me]++ % 2];
+    given[me] = 0;
+    std::memcpy(&given[me], &mine, sizeof mine);
+    wait_at(SHUFFLE);
+    return &given[me / WARP * WARP];
 }
+
+template <typename T>
+T taken(const uint64_t* given, unsigned lane) {
+    T value;
+    std::memcpy(&value, &given[lane], sizeof value);
+    return value;
+}
+
+}  // namespace host
+
+template <typename T>
+T __shfl_sync(uint32_t, T mine, int lane) {
+    return host::taken<T>(host::exchange(mine), lane);
+}
+
+template <typename T>
+T __shfl_up_sync(uint32_t, T mine, unsigned far) {
+    const unsigned lane = threadIdx.x % host::WARP;
+    const uint64_t* given = host::exchange(mine);
+    return host::taken<T>(given, lane < far ? lane : lane - far);
+}
+
+template <typename T>
+T __shfl_xor_sync(uint32_t, T mine, int far) {
+    return host::taken<T>(host::exchange(mine), threadIdx.x % host::WARP ^ far);
+}
+
+inline uint32_t __ballot_sync(uint32_t, bool mine) {
+    const uint64_t* given = host::exchange(mine);
+    uint32_t all = 0;
+    for (unsigned lane = 0; lane < host::WARP; ++lane) all |= uint32_t(given[lane]) << lane;
+    return all;
+}
+
+template <typename T>
+T __reduce_add_sync(uint32_t, T mine) {
+    const uint64_t* given = host::exchange(mine);
+    T sum = 0;
+    for (unsigned lane = 0; lane < host::WARP; ++lane) sum += host::taken<T>(given, lane);
+    return sum;
+}
+
+template <typename T>
+T __reduce_max_sync(uint32_t, T mine) {
+    const uint64_t* given = host::exchange(mine);
+    for (unsigned lane = 0; lane < host::WARP; ++lane)
+        mine = max(mine, host::taken<T>(given, lane));
+    return mine;
+}
+
+inline int atomicAdd(int* sum, int more) {  // fibers run one after another
+    *sum += more;
+    return *sum - more;
+}
+
+inline float __fmul_rn(float a, float b) { return a * b; }
+inline float __fadd_rn(float a, float b) { return a + b; }
+inline double __dmul_rn(double a, double b) { return a * b; }
+inline double __dadd_rn(double a, double b) { return a + b; }
+inline int __popc(uint32_t number) { return __builtin_popcount(number); }
 
 template <typename T>
 T __ldg(const T* pointer) {

@@ -7,7 +7,7 @@ import torch
 from kernels.caches import DTYPES, TOLERANCE, noise, poisoned_cache
 from kernels.test_compaction import plan
 
-from kernels import cuda_pages
+from kernels import on_host
 from vllm_kvcompress.kernels import attend_pages_reference, compact_reference, split_pages
 from vllm_kvcompress.kernels.cuda import CudaError, CudaPages
 
@@ -18,7 +18,7 @@ GXX = shutil.which("g++")
 def cuda(tmp_path_factory):
     if GXX is None:
         pytest.skip("no g++ here to build the CUDA kernels for the CPU")
-    return CudaPages(cuda_pages.build(GXX, tmp_path_factory.mktemp("pages")))
+    return CudaPages(on_host.build(GXX, on_host.PAGES, tmp_path_factory.mktemp("pages")))
 
 
 def check_attention(cuda, cache, queries, splits, softcap=0.0):

@@ -70,7 +70,8 @@ def test_what_is_gone_is_not_seen(reader: Reader) -> None:
 def test_held_share_counts_pages_and_tail(reader: Reader) -> None:
     ids, _ = reader.encode(TASKS["needle"](Random(1), 200))
     reading = reader.read(ids)
-    cases = make_cases([shipped_presets()["kv-compress"], shipped_presets()["random"]], [4], [32])
+    presets = [shipped_presets()[name] for name in ("kv-compress", "random")]
+    cases = make_cases(presets, [4], [32], reader.layers)
     n = len(ids)
     for case in cases:
         seen, share = kept_tokens(case, score(case, reading, reader.scale))
@@ -85,4 +86,4 @@ def test_every_ablation_changes_the_default_in_its_own_way() -> None:
     assert presets[0] == default and [p.name for p in presets[1:]] == list(ABLATIONS)
     unnamed = [p.model_copy(update={"name": ""}).model_dump_json() for p in presets]
     assert len(set(unnamed)) == len(presets)
-    assert len(make_cases(presets, [8], [32])) == len(presets)
+    assert len(make_cases(presets, [8], [32], 4)) == len(presets)

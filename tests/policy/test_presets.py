@@ -32,6 +32,7 @@ METHODS = {
     "fastkv-constant": (AttentionScorer, UniformAllocator),
     "tsp": (AttentionScorer, UniformAllocator),
     "windowkv": (WindowScorer, GroupPyramidAllocator),
+    "windowkv-paper": (WindowScorer, GroupPyramidAllocator),
     "keydiff": (KeyDiffScorer, UniformAllocator),
     "streaming-llm": (PositionScorer, UniformAllocator),
     "random": (RandomScorer, UniformAllocator),
@@ -69,3 +70,6 @@ def test_paper_presets_have_the_published_numbers() -> None:
     assert (paper.window_tokens, paper.recent_tokens, paper.sink_tokens) == (32, 32, 0)
     assert all(build(presets[name]).scorer == SNAPKV for name in ("snapkv", "pyramidkv", "adakv"))
     assert presets["streaming-llm"].sink_tokens == 4
+    windows = build(presets["windowkv-paper"].for_task("localization"), layers=32)
+    assert windows.scorer == WindowScorer(review_tokens=8, worth="top-half")
+    assert windows.allocator == GroupPyramidAllocator(group_layers=8, beta=14)

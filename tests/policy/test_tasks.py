@@ -3,8 +3,11 @@
 import time
 
 import pytest
+import torch
+from policy.bert import LABELS, save_bert
 from policy.held_back_prompts import prompts
 
+from vllm_kvcompress.policy.task_models import task_classifier
 from vllm_kvcompress.policy.tasks import shipped_classifier
 from vllm_kvcompress.presets import Preset, shipped_presets
 
@@ -57,3 +60,35 @@ def test_a_preset_changes_for_both_classes_or_for_none() -> None:
             allocator={"name": "uniform"},
             tasks={"localization": {"window_tokens": 4}},
         )
+
+
+def test_a_model_named_instead_says_what_transformers_says_of_both_ends(tmp_path) -> None:
+    """16 positions: 7 tokens of either end between [CLS] and [SEP]."""
+    from transformers import BertForSequenceClassification
+
+    classifier = task_classifier(save_bert(tmp_path))
+    model = BertForSequenceClassification.from_pretrained(tmp_path).eval()
+    ids = {word: 5 + i for i, word in enumerate("abcde")}
+    said = set()
+    for words in ("a b", "c d e a b c d", "a b c d e a b" + " e" * 900 + " d c b a e d c"):
+        inner = [ids[word] for word in words.split()]
+        inner = inner if len(inner) <= 14 else inner[:7] + inner[-7:]
+        with torch.inference_mode():
+            logits = model(torch.tensor([[2, *inner, 3]])).logits[0]
+        assert classifier.classify(words) == LABELS[int(logits.argmax())]
+        said.add(classifier.classify(words))
+    said |= {classifier.classify(letter) for letter in ids}
+    assert said == set(LABELS), "the model says one thing only: the test has no teeth"
+
+
+def test_a_model_that_cannot_tell_the_classes_is_one_clear_line(tmp_path) -> None:
+    with pytest.raises(ValueError, match=r"labels \['qa', 'other'\], but localization and aggr"):
+        task_classifier(save_bert(tmp_path / "labels", ("qa", "other")))
+    pickled = tmp_path / "pickled"
+    save_bert(pickled)
+    torch.save({}, pickled / "pytorch_model.bin")
+    (pickled / "model.safetensors").unlink()
+    for name in (str(pickled), str(tmp_path / "missing")):
+        with pytest.raises(ValueError, match="cannot be used: ") as raised:
+            task_classifier(name)
+        assert "\n" not in str(raised.value) and len(str(raised.value)) < 600

@@ -91,6 +91,23 @@ def test_scores_equal_those_of_keys_repeated_for_every_query_head(worth) -> None
         np.testing.assert_allclose(head[:review], expected, rtol=1e-5)
 
 
+def test_what_follows_a_glance_at_a_windows_end_is_worth_as_much_as_the_glance() -> None:
+    """Worked by hand: the older of two queries looks at token 3, the newer one at token 13."""
+    paid = torch.zeros(2, 18)
+    paid[0, 3], paid[1, 13] = 0.8, 0.4
+    paid[:, 16] = 1 - paid.sum(dim=1)
+    obs = replace(paying(paid[None].tolist()), query_positions=torch.tensor([16, 17]))
+
+    def worth(**options) -> list[float]:
+        return WindowScorer(review_tokens=4, **options).score(obs, 0)[0, [0, 4, 8, 12]].tolist()
+
+    assert worth() == pytest.approx([0.2, 0, 0, 0.1], abs=1e-6)
+    assert worth(pool_tokens=3) == pytest.approx([0.2, 0.4, 0, 0.3], abs=1e-6)
+    assert worth(worth="top-half", pool_tokens=3) == pytest.approx([0.4, 0.8, 0, 0.4], abs=1e-6)
+    assert worth(half_life_tokens=1) == pytest.approx([0.1, 0, 0, 0.1], abs=1e-6)
+    assert worth(queries="max", half_life_tokens=1) == pytest.approx([0.1, 0, 0, 0.1], abs=1e-6)
+
+
 def windowkv(**changes) -> Preset:
     return shipped_presets()["windowkv"].model_copy(update=changes)
 
@@ -134,6 +151,27 @@ def test_group_layers_must_divide_the_model() -> None:
     assert build(windowkv(group_layers=32), layers=32).leader(31) == 0
     with pytest.raises(ValueError, match="does not divide the model's 32 layers; allowed: 1, 2,"):
         build(windowkv(group_layers=7), layers=32)
+
+
+@pytest.mark.parametrize(("leader", "leads"), [(0, [0, 0, 2, 2]), (1, [1, 1, 3, 3])])
+def test_any_layer_of_a_group_can_lead_it(leader, leads) -> None:
+    policy = build(windowkv(group_layers=2, group_leader=leader), layers=4)
+    assert [policy.leader(layer) for layer in range(4)] == leads
+    assert build(windowkv(group_leader="last"), layers=32).leader(9) == 15
+
+
+def test_a_leader_outside_its_group_is_refused() -> None:
+    with pytest.raises(ValueError, match="group_leader=2, but a group has 2 layer"):
+        build(windowkv(group_layers=2, group_leader=2), layers=4)
+    with pytest.raises(ValueError, match="group_leader must be 0 with tsp_rate"):
+        Preset(**{**windowkv().model_dump(), "group_leader": "last", "tsp_rate": 0.2})
+
+
+def test_the_last_quarter_gets_as_much_of_the_mean_in_every_model() -> None:
+    for layers in (4, 8, 28, 32, 80):
+        policy = build(windowkv(), layers=layers)
+        groups = layers // policy.group_layers
+        assert policy.allocator.group_tokens(1400, groups)[-1] == 800
 
 
 def test_shared_scores_are_not_for_continual_compression() -> None:

@@ -52,6 +52,11 @@ def own_preset(tmp_path):
             ["--kv-compress", "snapkv", "--kv-compress-config.rate", "4"],
             {"preset": "snapkv", "rate": 4},
         ),
+        (["--kv-compress", "cachegen"], {"preset": "cachegen"}),
+        (
+            ["--kv-compress", "snapkv", "--kv-compress-store", "redis://host"],
+            {"preset": "snapkv", "cachegen": {"store": "redis://host"}},
+        ),
     ],
 )
 def test_the_flag_equals_the_dictionary(engine_args, argv, means) -> None:
@@ -98,7 +103,7 @@ def test_help_shows_one_more_group(parser) -> None:
     titles = [[group.title for group in one._action_groups] for one in (plain, ours)]
     assert titles[1] == [*titles[0], "KV-Compress"]
     added = set(ours._option_string_actions) - set(plain._option_string_actions)
-    assert added == {"--kv-compress", "--kv-compress-config"}
+    assert added == {"--kv-compress", "--kv-compress-config", "--kv-compress-store"}
     FlexibleArgumentParser._search_keyword = "kv-compress"
     try:
         shown = " ".join(ours.format_help().split()).replace("- ", "-")  # broken at hyphens
@@ -112,7 +117,7 @@ def test_help_shows_one_more_group(parser) -> None:
     ("value", "says"),
     [
         ("facebook/opt-125m", "write `vllm serve facebook/opt-125m --kv-compress` or `--kv-comp"),
-        ("nope", "unknown preset 'nope'; known: off, adakv"),
+        ("nope", "unknown preset 'nope'; known: off, cachegen, adakv"),
         ("no-such-file.yaml", "cannot read preset file no-such-file.yaml: No such file"),
         ("x" * 100_000, "100000 characters"),
         ("", "unknown preset ''"),
@@ -153,11 +158,22 @@ def test_overrides_must_be_a_json_object(value) -> None:
         ({"preset": "snapkv"}, {"rat": 4}, "unknown key 'rat'"),
         ({"preset": "snapkv"}, {"rate": "4"}, "rate: "),
         ({"preset": "off"}, {"rate": 4}, "would override a preset"),
+        ({"preset": "cachegen"}, {"rate": 4}, "would override a preset"),
+        ({"preset": "cachegen"}, {"cachegen": 4}, "cachegen: "),
     ],
 )
 def test_contradictions_are_refused(flag, overrides, says) -> None:
     with pytest.raises(ValueError, match=says):
         merged(flag, overrides)
+
+
+def test_the_store_is_named_once_and_with_a_preset() -> None:
+    with pytest.raises(ValueError, match="add --kv-compress, or `--kv-compress cachegen`"):
+        merged(None, None, "redis://one")
+    with pytest.raises(ValueError, match="name two stores"):
+        merged({"preset": "off"}, {"cachegen": {"store": "redis://two"}}, "redis://one")
+    both = merged({"preset": "off"}, {"cachegen": {"levels": [2, 4]}}, "redis://one")
+    assert both["cachegen"] == {"levels": [2, 4], "store": "redis://one"}
 
 
 def test_a_contradiction_ends_the_process_with_one_line(parser, capsys) -> None:

@@ -11,6 +11,7 @@ from vllm.entrypoints.serve.middleware.authenticate import AuthenticationMiddlew
 from vllm_kvcompress.serving.metrics import KVCompressStatLogger
 from vllm_kvcompress.serving.routes import PATH, KVCompressRoutes, check_before_streaming
 from vllm_kvcompress.serving.snapshots import Snapshots
+from vllm_kvcompress.transport.timeline import Timelines
 
 
 class Check:
@@ -67,7 +68,10 @@ def ask(engine, method="GET", path=PATH, tokens=("secret",), **headers) -> httpx
 @pytest.fixture
 def logger() -> KVCompressStatLogger:
     logger = object.__new__(KVCompressStatLogger)
-    logger.snapshots = Snapshots()
+    logger.snapshots, logger.timelines = Snapshots(), Timelines()
+    logger.timelines.add([["request", "r1", 0, 700, 0, 10.0, 10.5]])
+    logger.timelines.add([["fetch", "r1", 0, 256, 2, 10.1, 10.125]])
+    logger.timelines.add([["first_token", "r1", 640, 700, 0, 10.25, 10.25]])
     return logger
 
 

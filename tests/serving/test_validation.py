@@ -16,11 +16,18 @@ from vllm_kvcompress.serving.validation import RequestCheck, refuse_knobs_of_bea
 MODEL = "vllm_kvcompress/demo_model"
 
 
-def check_of(raw=True, max_model_len=4096, then=lambda params: None, name="m") -> RequestCheck:
-    model_config = Bag(max_model_len=max_model_len, served_model_name=name)
-    return RequestCheck(
-        Bag(additional_config={"kv_compress": raw}, model_config=model_config), then
+STORE = Bag(kv_connector="CacheGenConnector")
+
+
+def check_of(
+    raw=True, max_model_len=4096, then=lambda params: None, name="m", store=None
+) -> RequestCheck:
+    config = Bag(
+        additional_config={"kv_compress": raw},
+        model_config=Bag(max_model_len=max_model_len, served_model_name=name),
+        kv_transfer_config=store,
     )
+    return RequestCheck(config, then)
 
 
 def test_good_knobs_and_those_of_others_pass_on_to_vllm() -> None:
@@ -67,6 +74,25 @@ def test_a_bad_knob_is_a_400_and_a_value_error_and_is_counted(xargs, reason) -> 
     assert counted._value.get() == 1 and PREFIX.startswith("vllm:")
 
 
+@pytest.mark.parametrize("compresses", [True, None], ids=["compressing", "store only"])
+def test_knobs_of_the_store_are_checked_with_and_without_compression(compresses) -> None:
+    seen, name = [], f"store-{compresses}"
+    check = check_of(compresses, then=seen.append, name=name, store=STORE)
+    check(SamplingParams(extra_args={"cachegen_level": 2}))
+    check(SamplingParams(extra_args={"cachegen_ttft_ms": 300}))
+    with pytest.raises(VLLMValidationError, match="cachegen_level=9 is not allowed") as caught:
+        check(SamplingParams(extra_args={"cachegen_level": 9}))
+    assert caught.value.parameter == "cachegen_level"
+    assert len(seen) == 2 and check.refusals == {"bad_level": 1}
+
+
+def test_knobs_of_the_store_are_refused_without_one() -> None:
+    check = check_of(name="no-store")
+    with pytest.raises(VLLMValidationError, match="this server has no store: start it with"):
+        check(SamplingParams(extra_args={"cachegen_level": 2}))
+    assert check.refusals == {"no_store": 1}
+
+
 def test_prompt_logprobs_and_propagation_exclude_each_other() -> None:
     seen = []
     check = check_of({"preset": "fastkv"}, then=seen.append, name="prompt-logprobs")
@@ -80,7 +106,12 @@ def test_prompt_logprobs_and_propagation_exclude_each_other() -> None:
 def test_a_beam_search_takes_no_knobs() -> None:
     refuse_knobs_of_beam_search(None)
     refuse_knobs_of_beam_search({"other": 1, "kv_compressor": 2})
-    for knobs in ({"kv_compress": "off"}, {"kv_compress_rate": 8}, {"kv_compress_x": 1}):
+    for knobs in (
+        {"kv_compress": "off"},
+        {"kv_compress_rate": 8},
+        {"kv_compress_x": 1},
+        {"cachegen_level": 2},
+    ):
         with pytest.raises(VLLMValidationError, match="no effect on a beam search"):
             refuse_knobs_of_beam_search({"other": 1, **knobs})
 

@@ -41,7 +41,8 @@ print("scheduler:", on.scheduler_config.scheduler_cls)
 """
 ALWAYS = "EngineArgs.add_cli_args EngineArgs.create_engine_config EngineArgs.from_cli_args"
 WHILE_ON = (
-    f"{ALWAYS} InputProcessor._build_logits_processors_params_validator StatLoggerManager.__init__"
+    f"{ALWAYS} InputProcessor._build_logits_processors_params_validator "
+    "InputProcessor.process_inputs StatLoggerManager.__init__"
 )
 
 

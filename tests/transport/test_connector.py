@@ -3,6 +3,8 @@
 import time
 from collections.abc import Callable, Iterator
 from random import Random
+from threading import current_thread
+from types import SimpleNamespace
 
 import pytest
 from engine.engines import BLOCK, DEMO_MODEL, ask, assert_same_words, greedy, prompt
@@ -11,7 +13,6 @@ from engine.engines import counted as counted_calls
 from vllm_kvcompress.transport.keys import namespace, store_key
 from vllm_kvcompress.transport.stores import Store, StoreError
 from vllm_kvcompress.transport.stores.interface import Reason
-from vllm_kvcompress.transport.stores.throttle import ThrottledStore
 
 pytestmark = pytest.mark.engine
 CHUNK, OUTPUTS = 128, 6
@@ -322,44 +323,102 @@ def test_an_explicit_fail_policy_ends_the_request(cached):
     assert got[0].tokens == []
 
 
-def test_bandwidth_that_falls_takes_a_lower_level_and_the_answer_stands(cached):
+class SlowLine(Faulty):
+    """Takes `seconds(bytes moved)` per byte of a clock of its own, which only fetching moves."""
+
+    def __init__(self, store: Store, seconds: Callable[[int], float]) -> None:
+        super().__init__(store, lambda key, data: data)
+        self._seconds, self.passed, self.moved, self.began = seconds, 0.0, 0, 0.0
+        self.keys: list[str] = []
+
+    def get(self, key, max_bytes):
+        data = super().get(key, max_bytes)
+        self.passed += len(data) * self._seconds(self.moved)
+        self.moved += len(data)
+        self.keys.append(key)
+        return data
+
+    def time(self) -> float:
+        fetching = current_thread().name.startswith("cachegen-fetch")
+        return self.began + (self.passed if fetching else 0)
+
+    @property
+    def levels(self) -> list[int]:
+        return [int(key.rpartition("-")[2]) for key in self.keys]
+
+    def ask(self, cached: Cached, ids: list[int], ttft_ms: float):
+        """The answer, with this line in front of the store and its clock in the connector."""
+        transfers = cached.working.transfers
+        load = transfers.load
+
+        def from_now(job):
+            self.began = job.arrived
+            load(job)
+
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(transfers, "load", from_now)
+            clock = SimpleNamespace(time=self.time, monotonic=time.monotonic)
+            patch.setattr("vllm_kvcompress.transport.transfers.time", clock)
+            cached.use(self)
+            return cached.ask([ids], {"cachegen_ttft_ms": ttft_ms})
+
+
+@pytest.fixture
+def no_history(cached):
+    """A connector that has measured nothing yet."""
+    transfers = cached.working.transfers
+    transfers._rates.clear()
+    transfers._recompute_s = transfers._decode_s = None
+    return transfers
+
+
+def test_bandwidth_that_falls_takes_a_lower_level_and_the_answer_stands(cached, no_history):
     """Two levels, a target, and a line that slows down after two chunks."""
     ids = stored_prompt(cached, 14, 1700)
     want = cached.recomputed([ids])
     cached.forget()
+    no_history.may_recompute = False
     first = store_key("shared", cached.digests(ids)[0], 0, 1, 4)
     size = len(cached.store.get(first, MANY) or b"")
-    fast, slow = size * 8 / 0.02, size * 8 / 0.4
-    line = ThrottledStore(cached.store, lambda moved: fast if moved < 2 * size else slow)
-    cached.use(line)
-    cached.working.transfers._recompute_s = 100.0
-    cached.working.transfers.timeline.clear()
-    got, counted = cached.during(lambda: cached.ask([ids], {"cachegen_ttft_ms": 1500}))
-    levels = [mark[3] for mark in cached.working.transfers.timeline if mark[0] == "fetch"]
-    assert levels[1] == 4, "the line is fast at first"
-    assert 2 in levels[2:], "and then is not"
+    line = SlowLine(cached.store, lambda moved: (0.02 if moved < 2 * size else 0.4) / size)
+    got, counted = cached.during(lambda: line.ask(cached, ids, 1500))
+    assert line.levels[:2] == [2, 4], "unknown, then fast"
+    assert 2 in line.levels[3:], "and then it is not"
+    assert line.passed <= 1.5
     assert counted["hit_tokens"] == 13 * CHUNK
     assert len(got[0].tokens) == len(want[0].tokens)
-    cached.working.transfers._recompute_s = None
 
 
-def test_recomputing_that_is_faster_is_chosen(cached):
+def test_recomputing_that_is_faster_is_chosen(cached, no_history):
     ids = stored_prompt(cached, 15)
     want = cached.recomputed([ids])
     cached.forget()
-    cached.use(ThrottledStore(cached.store, lambda moved: 8e5))
-    cached.working.transfers._recompute_s = 0.01
-    cached.working.transfers._rate = 1e5
-    got, counted = cached.during(lambda: cached.ask([ids], {"cachegen_ttft_ms": 500}))
+    no_history._recompute_s = 0.01
+    no_history._rates.append(1e5)
+    line = SlowLine(cached.store, lambda moved: 1e-5)
+    got, counted = cached.during(lambda: line.ask(cached, ids, 500))
     assert_same_words(got, want)
     assert counted["missed:recompute_is_faster"] == 5
-    cached.working.transfers._recompute_s = None
-    cached.working.transfers._rate = None
+    assert line.levels == []
 
 
-@pytest.mark.parametrize("knobs", [{"cachegen_level": 9}, {"cachegen_ttft_ms": -1}])
-def test_a_bad_knob_leaves_the_store_out_and_is_counted(cached, knobs):
-    ids = stored_prompt(cached, 16)
-    got, counted = cached.during(lambda: cached.ask([ids], knobs))
-    assert got[0].cached_tokens == 0
-    assert counted["missed:bad_knob"] == 1
+def test_the_last_chunk_is_used_up_to_the_block_before_the_last_token(cached):
+    ids = stored_prompt(cached, 17, 3 * CHUNK)
+    want = cached.recomputed([ids])
+    cached.forget()
+    got, counted = cached.during(lambda: cached.ask([ids]))
+    assert counted["hit_tokens"] == 3 * CHUNK - BLOCK
+    assert counted["loaded_chunks:4"] == 3
+    assert_same_words(got, want)
+
+
+def test_the_next_turn_of_a_conversation_finds_the_answer_too(cached):
+    ids = prompt(Random(18), 3 * CHUNK - 20)
+    (said,) = cached.ask([ids], tokens=CHUNK + 40)
+    cached.forget()
+    turn = [*ids, *said.tokens, *prompt(Random(19), 50)]
+    want = cached.recomputed([turn])
+    cached.forget()
+    got, counted = cached.during(lambda: cached.ask([turn]))
+    assert counted["hit_tokens"] == 4 * CHUNK
+    assert_same_words(got, want)

@@ -34,7 +34,7 @@ def test_a_loaded_prompt_is_compressed_to_the_same_pages(compressed, tokens):
     compressed.forget()
     got, counted = compressed.during(lambda: compressed.ask([ids], tokens=12))
     assert_same_words(got, want)
-    loaded = (tokens - 32) // 32 * 32 // CHUNK * CHUNK
+    loaded = min(tokens // CHUNK * CHUNK, (tokens - 32) // 32 * 32)
     assert counted["hit_tokens"] == loaded, "the window is computed here"
     assert compressed.scheduler.totals.requests["snapkv", "compressed"] == done + 1
     compressed.scheduler.check_integrity()

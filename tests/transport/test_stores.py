@@ -119,6 +119,8 @@ def test_readers_never_see_a_part(store):
         ("file:///tmp/x?colour=red", "colour"),
         ("redis://host/0?max_gb=1", "file:// only"),
         ("redis://host/0?ttl_s=nan", "ttl_s"),
+        ("redis://host/0?gbps=fast", "gbps"),
+        ("redis://host/0?gbps=1,0", "gbps"),
     ],
 )
 def test_a_bad_url_is_answered_in_one_line(url, says):
@@ -211,3 +213,15 @@ def test_a_throttled_store_lets_bytes_through_at_its_rate(tmp_path):
         store.put("a/one", bytes(1000))
         store.get("a/one", MANY)
     assert slept == [0.001, 0.002]
+
+
+def test_a_throttled_store_is_named_by_its_url_and_begins_anew_after_a_rest(tmp_path):
+    store = open_store(f"{tmp_path}?gbps=2,0.2,1&step_mb=0.001")
+    slept, now = [], iter([0.0, 0.0, 0.5, 0.5, 0.9, 0.9, 1.0, 1.0, 5.0, 5.0])
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(time, "sleep", slept.append)
+        patch.setattr(time, "monotonic", lambda: next(now))
+        store._moved_at = 0.0
+        for _ in range(5):
+            store.put("a/one", bytes(1000))
+    assert slept == pytest.approx([4e-6, 4e-5, 8e-6, 8e-6, 4e-6])

@@ -1,5 +1,7 @@
 """The streaming policy, against worked examples and as properties."""
 
+from dataclasses import replace
+
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -85,6 +87,65 @@ def test_more_bandwidth_never_lowers_the_level(rates, left, chunks):
             for rate in sorted(rates)
         )
         assert low <= high
+
+
+ALL = {4: 66 * MB, **SIZES}
+
+
+@given(
+    gbps=st.lists(st.sampled_from([2.0, 0.2, 1.0]) | st.floats(0.05, 20), min_size=2, max_size=24),
+    target=st.floats(0.05, 40),
+    decode_s=st.sampled_from([0.0, 0.004, 0.3]),
+    finish_s=st.sampled_from([0.0, 0.2]),
+)
+def test_a_target_that_some_level_meets_is_met_however_the_bandwidth_steps(
+    gbps, target, decode_s, finish_s
+):
+    """On a clock of its own: chunks arrive one after another, and are decoded meanwhile. Known are
+    the rate of the chunk before, and how slow the line has ever been."""
+
+    def first_token_s(choose) -> float:
+        arrived = decoded = 0.0
+        for i, bandwidth in enumerate(gbps):
+            waiting = sum(end > arrived for end in ends) if (ends := decode_ends) else 0
+            progress = Progress(
+                [ALL] * (len(gbps) - i),
+                len(gbps),
+                arrived,
+                gbps[i - 1] * 1e9 / 8 if i else min(gbps) * 1e9 / 8,
+                None,
+                min(gbps) * 1e9 / 8,
+                decode_s,
+                waiting,
+                finish_s,
+            )
+            arrived += ALL[choose(progress)] * 8 / (bandwidth * 1e9)
+            decoded = max(arrived, decoded) + decode_s
+            decode_ends.append(decoded)
+        return decoded + finish_s
+
+    decode_ends: list[float] = []
+    fixed = []
+    for level in ALL:
+        decode_ends.clear()
+        fixed.append(first_token_s(lambda _, level=level: level))
+    decode_ends.clear()
+    got = first_token_s(CarriedSlack(target).choose)
+    assert got <= target * 1.0001 or min(fixed) > target
+
+
+def test_the_lossless_level_comes_before_the_text_where_both_fit():
+    both = Progress([ALL] * 3, 3, 0.0, 1e9, 0.1)
+    assert CarriedSlack(10).choose(both) == 4
+    lossy = Progress([SIZES] * 3, 3, 0.0, 1e9, 0.1)
+    assert CarriedSlack(10).choose(lossy) == 0
+
+
+def test_what_decoding_and_the_rest_of_the_prompt_take_is_planned_for():
+    fast = Progress([ALL] * 4, 4, 0.0, 1e9, None)
+    assert CarriedSlack(0.4).choose(fast) == 4
+    for slower in ({"decode_s": 0.15}, {"finish_s": 0.3}, {"worst_bytes_per_s": 2e8}):
+        assert CarriedSlack(0.4).choose(replace(fast, **slower)) < 4
 
 
 def test_a_drop_in_bandwidth_lowers_the_level_within_one_chunk():

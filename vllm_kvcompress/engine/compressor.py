@@ -42,6 +42,7 @@ Span = tuple[int, int]
 class _Request:
     plan: Plan
     settings: Settings
+    tsp_layer: int | None = None  # the last one that sees all of the prompt, if others do not
     window: QueryWindow | None = None
     positions: Tensor | None = None  # int64 [K*L*H*B] of the arena's tokens, if compressed again
     selected: Tensor | None = None  # int64 [m] positions that the deep layers have seen
@@ -135,8 +136,12 @@ class Compressor:
         )
         pool = self.pool
         plan = accounting.plan(prompt_tokens, pool.page_tokens, pool.num_blocks, settings)
-        if plan.first_point is not None or plan.tsp_tokens is not None:
-            self._requests[new.req_id] = _Request(plan, settings)
+        tsp_layer = None
+        if plan.tsp_tokens is not None:
+            preset = self._config.known_presets()[settings.preset]
+            tsp_layer = preset.last_full_layer(pool.num_layers)
+        if plan.first_point is not None or tsp_layer is not None:
+            self._requests[new.req_id] = _Request(plan, settings, tsp_layer)
 
     def _reset(self, request_id: str) -> None:
         """A preempted request holds nothing: it will be computed and compressed again."""
@@ -182,8 +187,9 @@ class Compressor:
 
     def tsp_layer(self, request_id: str) -> int:
         """The last layer at which a request in `propagating` sees all of its prompt."""
-        preset = self._config.known_presets()[self._requests[request_id].settings.preset]
-        return preset.last_full_layer(self.pool.num_layers)
+        layer = self._requests[request_id].tsp_layer
+        assert layer is not None
+        return layer
 
     def select(self, request_id: str, natural: list[int]) -> Tensor:
         """Positions that go on above `tsp_layer`, int64 `[m]`, once its last chunk is there."""
@@ -195,7 +201,9 @@ class Compressor:
         blocks = pool.ids(natural[: accounting.ceil_div(n, pool.page_tokens)])
         positions = torch.arange(n, device=pool.device)
         everything = Candidates(pool.page_ids(blocks), positions, None)
-        obs = self._observe(everything.of_layer(layer), layer, window, keys=True, values=True)
+        obs = self._observe(
+            everything.of_layer(layer), layer, window, keys=True, values=propagator.needs_values
+        )
         saliency = self._mean_over_ranks(propagator.saliency(obs, layer))
         last = max(n % pool.page_tokens, len(window.positions()))
         request.selected = select_positions(saliency, selected, min(last, selected))
@@ -354,7 +362,8 @@ class Compressor:
         pool, scorer = self.pool, policy.scorer
         shape = (pool.num_layers, pool.num_heads, candidates.tokens)
         scores = torch.zeros(shape, device=pool.device)
-        for layer in range(pool.num_layers):
+        leaders_first = sorted(range(pool.num_layers), key=lambda l: policy.leader(l) != l)
+        for layer in leaders_first:
             if (leader := policy.leader(layer)) != layer:
                 scores[layer] = candidates.passed_on(scores[leader], leader, layer)
                 continue

@@ -31,12 +31,27 @@ Forward = Callable[..., tuple[Tensor, Tensor]]
 
 
 @dataclass(frozen=True, slots=True)
-class Rows:
-    """Part of a step's batch: which tokens, and the metadata their attention wants."""
+class _Rows:
+    """Tokens that go through a layer together, and what their attention wants to know."""
 
-    tokens: Tensor  # int64 [T'], rows of the hidden states
+    positions: Tensor  # int64 [T']
     metadata: Any
-    slots: Tensor  # where their keys and values go
+    slots: Tensor  # [T'] where their keys and values go
+
+
+@dataclass(frozen=True, slots=True)
+class _Rest:
+    """What stays in the batch once prompts have left it; the states of the others stand still."""
+
+    tokens: Tensor  # int64 [T'], rows of the step's batch
+    rows: _Rows
+    hidden_states: Tensor  # [T, hidden] of the step's batch
+    residual: Tensor
+
+    def put_back(self, hidden_states: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:
+        """The step's batch, with these states of the rest in it."""
+        self.hidden_states[self.tokens], self.residual[self.tokens] = hidden_states, residual
+        return self.hidden_states, self.residual
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,7 +83,8 @@ class Propagation:
         self._compressor = compressor
         self._view = view
         self._slice_tokens = slice_tokens
-        self._rest: Rows | None = None  # once rows have left the batch; None: all are in it
+        self._leaving: dict[int, dict[str, Span]] = {}  # by the layer that they leave before
+        self._rest: _Rest | None = None  # None: all are in the batch
 
     def begin_step(self, step: SchedulerOutput) -> None:
         """Drop the hidden states of requests that ended or were preempted."""
@@ -87,18 +103,20 @@ class Propagation:
         if not prompts:
             yield
             return
-        first = 1 + min(map(self._compressor.tsp_layer, prompts))
-        self._rest = None
+        for request_id, span in prompts.items():
+            layer = self._compressor.tsp_layer(request_id) + 1
+            self._leaving.setdefault(layer, {})[request_id] = span
+        deep = range(min(self._leaving), len(self._layers))
         runner._model_forward = partial(_uncompiled, runner._model_forward)
-        for layer in range(first, len(self._layers)):
+        for layer in deep:
             self._layers[layer].forward = partial(self._deep_forward, layer)
         try:
             yield
         finally:
-            for layer in range(first, len(self._layers)):
+            for layer in deep:
                 del self._layers[layer].forward
             del runner._model_forward
-            self._rest = None
+            self._leaving, self._rest = {}, None
 
     def _deep_forward(
         self,
@@ -108,28 +126,26 @@ class Propagation:
         residual: Tensor,
         **options: Any,
     ) -> tuple[Tensor, Tensor]:
-        """A deep layer on what is still in the batch; the other rows keep what they hold.
+        """A deep layer on what is still in the batch; after the last one the batch is whole again.
 
         `options`: what a model gives all its layers besides; handed on as it is.
         """
-        leaving = {
-            request_id: span
-            for request_id, span in self._compressor.propagating.items()
-            if self._compressor.tsp_layer(request_id) == layer - 1
-        }
-        if leaving:
+        if leaving := self._leaving.get(layer):
+            if self._rest is not None:
+                hidden_states, residual = self._rest.put_back(hidden_states, residual)
             self._leave(layer, leaving, hidden_states, residual, options)
-        rest, forward = self._rest, self._forwards[layer]
-        if rest is None:
-            return forward(positions, hidden_states, residual, **options)
+            self._rest = self._without_prompts_below(layer, positions, hidden_states, residual)
+            hidden_states = hidden_states[self._rest.tokens]
+            residual = residual[self._rest.tokens]
+        rest = self._rest
+        assert rest is not None
         if len(rest.tokens):
-            self._attend_as(layer, rest)
-            hidden_states[rest.tokens], residual[rest.tokens] = forward(
-                positions[rest.tokens],
-                hidden_states[rest.tokens],
-                residual[rest.tokens],
-                **options,
+            self._attend_as(layer, rest.rows)
+            hidden_states, residual = self._forwards[layer](
+                rest.rows.positions, hidden_states, residual, **options
             )
+        if layer + 1 == len(self._layers):
+            return rest.put_back(hidden_states, residual)
         return hidden_states, residual
 
     def _leave(
@@ -153,7 +169,6 @@ class Propagation:
             self.stash.put(request_id, n, span[0], states)
             if sum(span) == n:
                 last_rows[request_id] = starts[row + 1] - 1
-        self._rest = self._without_prompts_below(layer)
         selected = {
             request_id: self._compressor.select(request_id, self._view.block_ids(request_id))
             for request_id in last_rows
@@ -167,29 +182,27 @@ class Propagation:
         for request_id in last_rows:
             self.stash.release(request_id)
 
-    def _without_prompts_below(self, layer: int) -> Rows:
+    def _without_prompts_below(
+        self, layer: int, positions: Tensor, hidden_states: Tensor, residual: Tensor
+    ) -> _Rest:
         """The step's batch less the prompts that have left it by `layer`."""
         common: CommonAttentionMetadata = self._view.common
-        names, gone = self._view.request_ids(common), self._compressor.propagating
-        rows = [
-            row
-            for row, name in enumerate(names)
-            if name not in gone or self._compressor.tsp_layer(name) >= layer
-        ]
-        starts = common.query_start_loc_cpu
-        spans = [torch.arange(int(starts[row]), int(starts[row + 1])) for row in rows]
-        tokens = torch.cat(spans) if spans else torch.empty(0, dtype=torch.int64)
-        slots = common.slot_mapping[tokens]
-        if not rows:
-            return Rows(tokens, None, slots)
-        metadata = self._view.build(
-            [names[row] for row in rows],
-            counts=[len(span) for span in spans],
-            seq_lens=common.seq_lens[rows],
-            block_table=common.block_table_tensor[rows],
-            slots=slots,
-        )
-        return Rows(tokens, metadata, slots)
+        names = self._view.request_ids(common)
+        gone = {name for at, left in self._leaving.items() if at <= layer for name in left}
+        stays = torch.tensor([name not in gone for name in names])
+        counts = common.query_start_loc_cpu.diff()
+        tokens = stays.repeat_interleave(counts).nonzero().view(-1)
+        slots, metadata = common.slot_mapping[tokens], None
+        if len(tokens):
+            metadata = self._view.build(
+                [name for name in names if name not in gone],
+                counts=counts[stays].tolist(),
+                seq_lens=common.seq_lens[stays],
+                block_table=common.block_table_tensor[stays],
+                slots=slots,
+            )
+        rows = _Rows(positions[tokens], metadata, slots)
+        return _Rest(tokens, rows, hidden_states, residual)
 
     def _sliced(self, selected: dict[str, int]) -> Iterator[list[_Slice]]:
         """All selected tokens in order, at most `slice_tokens` at a time."""
@@ -216,20 +229,23 @@ class Propagation:
         options: dict[str, Any],
     ) -> list[tuple[Tensor, Tensor]]:
         """Run selected tokens through `layer ..`; the last token's output of each slice."""
-        positions = torch.cat([selected[s.request_id][s.begin : s.end] for s in slices])
+        chosen = [selected[s.request_id][s.begin : s.end] for s in slices]
         hidden_states = torch.cat(
-            [self.stash.get(s.request_id, selected[s.request_id][s.begin : s.end]) for s in slices]
+            [self.stash.get(s.request_id, own) for s, own in zip(slices, chosen, strict=True)]
         )
         residual: Any = None
-        rows = self._rows_of(slices, selected)
+        rows = self._rows_of(slices, selected, torch.cat(chosen))
         for deep in range(layer, len(self._layers)):
             self._attend_as(deep, rows)
-            forward = self._forwards[deep]
-            hidden_states, residual = forward(positions, hidden_states, residual, **options)
+            hidden_states, residual = self._forwards[deep](
+                rows.positions, hidden_states, residual, **options
+            )
         ends = torch.tensor([s.end - s.begin for s in slices]).cumsum(0) - 1
         return [(hidden_states[end], residual[end]) for end in ends]
 
-    def _rows_of(self, slices: list[_Slice], selected: dict[str, Tensor]) -> Rows:
+    def _rows_of(
+        self, slices: list[_Slice], selected: dict[str, Tensor], positions: Tensor
+    ) -> _Rows:
         page_tokens = self._compressor.pool.page_tokens
         captures, tables, slots, start = [], [], [], 0
         for part in slices:
@@ -258,9 +274,9 @@ class Propagation:
             block_table=table,
             slots=torch.cat(slots),
         )
-        return Rows(torch.arange(start), replace(metadata, captures=captures), torch.cat(slots))
+        return _Rows(positions, replace(metadata, captures=captures), torch.cat(slots))
 
-    def _attend_as(self, layer: int, rows: Rows) -> None:
+    def _attend_as(self, layer: int, rows: _Rows) -> None:
         """Let one layer's attention see these rows instead of the step's."""
         context = get_forward_context()
         context.attn_metadata[self._names[layer]] = rows.metadata

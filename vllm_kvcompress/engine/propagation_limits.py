@@ -4,8 +4,7 @@ from typing import Any
 
 from vllm.config import VllmConfig
 
-from vllm_kvcompress.config import EngineConfig
-from vllm_kvcompress.engine.refusals import StartupError
+from vllm_kvcompress.config import EngineConfig, StartupError
 
 # Decoders whose layers take (positions, hidden_states, residual) and may be given no residual.
 ARCHITECTURES = (

@@ -8,15 +8,12 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from vllm_kvcompress.config import STORE_CONNECTOR, StartupError, uses_store
+
 SUPPORTED_VLLM = "0.32"
 CACHE_DTYPES = ("auto", "float16", "bfloat16")
 SINK_ARCHITECTURES = ("GptOssForCausalLM", "OpenAIPrivacyFilterForTokenClassification")
-OUR_CONNECTOR = "CacheGenConnector"
 OTHER_MODEL = "serve a model with full attention in every layer, or leave compression out"
-
-
-class StartupError(ValueError):
-    """Compression cannot start; the message is one line that says what to do."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -126,10 +123,10 @@ AFTER: Sequence[Row] = (
         "other KV connectors ({})",
         lambda config: (
             config.kv_transfer_config is not None
-            and config.kv_transfer_config.kv_connector != OUR_CONNECTOR
+            and not uses_store(config)
             and (config.kv_transfer_config.kv_connector or "--kv-transfer-config")
         ),
-        f"use {OUR_CONNECTOR}, or drop --kv-transfer-config and --kv-offloading-size",
+        f"use {STORE_CONNECTOR}, or drop --kv-transfer-config and --kv-offloading-size",
     ),
     Row(
         "decode context parallelism ({} ranks)",

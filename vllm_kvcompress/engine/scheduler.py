@@ -16,7 +16,6 @@ from vllm.v1.request import Request, RequestStatus
 from vllm_kvcompress import accounting
 from vllm_kvcompress.accounting import Plan, Settings
 from vllm_kvcompress.config import EngineConfig, parse_engine_config
-from vllm_kvcompress.engine.prompt_tasks import PromptTasks
 from vllm_kvcompress.engine.stats import STATS_KEY, RequestRecord, Totals, WorkerStats
 from vllm_kvcompress.paging.manager import PerHeadManager, manager_of
 from vllm_kvcompress.presets import OFF
@@ -31,7 +30,6 @@ class _PerHead(Scheduler):
         self.totals = Totals(pages_per_block=_pages_per_block(self.kv_cache_config))
         self._planned: dict[str, tuple[Plan, Settings | None]] = {}
         self.per_head.tsp_max_inflight_tokens = self.kv_compress.tsp_max_inflight_tokens or 0
-        self._tasks = PromptTasks(self.vllm_config.model_config)
         if self.connector is not None:
             self.connector.hit_limit = self._hit_limit
             self.connector.publish_limit = self._publish_limit
@@ -55,9 +53,6 @@ class _PerHead(Scheduler):
             return None
         if request.resumable:  # its prompt grows between chunks; workers read the same knob
             params.extra_args = {**(params.extra_args or {}), "kv_compress": OFF}
-        elif self.kv_compress.wants_task(params.extra_args):
-            task = self._tasks.of(request.prompt_token_ids)
-            params.extra_args = {**(params.extra_args or {}), "kv_compress_task": task}
         return self.kv_compress.settings_or_off(params.extra_args)
 
     def _get_local_prefix_cache_hit(self, request: Request) -> tuple[KVCacheBlocks, int, int, bool]:

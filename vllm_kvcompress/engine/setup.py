@@ -14,7 +14,7 @@ from vllm.logger import init_logger
 from vllm.platforms import current_platform
 from vllm.v1.attention.backends.registry import AttentionBackendEnum
 
-from vllm_kvcompress.config import EngineConfig, parse_engine_config
+from vllm_kvcompress.config import EngineConfig, StartupError, parse_engine_config
 from vllm_kvcompress.engine.attention import choose
 from vllm_kvcompress.engine.propagation_limits import with_tsp_capacity
 from vllm_kvcompress.engine.refusals import (
@@ -22,19 +22,20 @@ from vllm_kvcompress.engine.refusals import (
     BEFORE,
     ON_DEVICE,
     WITH_CPU_ENGINE,
-    StartupError,
     refuse,
     refuse_platform,
     refuse_version,
 )
 from vllm_kvcompress.policy.registry import build
+from vllm_kvcompress.policy.task_models import SequenceClassifier, task_classifier
 
 CPU_BLOCK_TOKENS = 32
 CPU_WORKER = "vllm_kvcompress.engine.cpu.KVCompressCPUWorker"
 DEVICE_WORKER = "vllm_kvcompress.engine.device_worker.KVCompressDeviceWorker"
-logger = init_logger("vllm.kv_compress")
 SCHEDULER = "vllm_kvcompress.engine.scheduler.KVCompressScheduler"
 ASYNC_SCHEDULER = "vllm_kvcompress.engine.scheduler.KVCompressAsyncScheduler"
+
+logger = init_logger(__name__)
 
 
 def configured(
@@ -113,8 +114,12 @@ def _checked(raw: Any) -> EngineConfig:
         for preset in config.known_presets().values():
             for variant in preset.variants():
                 build(variant)
+        classifier = task_classifier(config.task_classifier)
     except ValueError as error:
         raise StartupError(" ".join(str(error).split())) from None
+    if isinstance(classifier, SequenceClassifier):
+        milliseconds = 1e3 * classifier.seconds()
+        logger.info("kv-compress: task_classifier takes %.0f ms for a long prompt", milliseconds)
     return config
 
 

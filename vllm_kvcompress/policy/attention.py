@@ -75,7 +75,7 @@ class AttentionScorer(Scorer):
 
     def reduce(self, mass: Tensor) -> Tensor:
         """Pool the keys of each query head, then join the group: `[H, G, n]` to `[H, n]`."""
-        pooled = self._pooled(mass)
+        pooled = self.pooled(mass)
         if self.group == "max":
             return pooled.amax(dim=1)
         return pooled.sum(dim=1) if self.group == "sum" else pooled.mean(dim=1)
@@ -99,8 +99,9 @@ class AttentionScorer(Scorer):
             return attention.amax(dim=2) ** self.power
         return (attention.square_() if self.power == 2 else attention).sum(dim=2)
 
-    def _pooled(self, mass: Tensor) -> Tensor:
-        if self.pool == "none":
+    def pooled(self, mass: Tensor) -> Tensor:
+        """Every key's mass joined with that of its neighbours, `[..., n]`."""
+        if self.pool == "none" or self.pool_tokens == 1:
             return mass
         before = self.pool_tokens - 1 if self.pool_side == "later" else self.pool_tokens // 2
         padded = F.pad(mass, (before, self.pool_tokens - 1 - before))  # mass >= 0: 0 is neutral

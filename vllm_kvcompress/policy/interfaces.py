@@ -63,7 +63,12 @@ class Selector(ABC):
 
 
 class Propagator(ABC):
-    """Says how much each token of a prompt matters to the layers above `tsp_layer`."""
+    """Says how much each token of a prompt matters to the layers above `tsp_layer`.
+
+    One that sets `needs_values` to False spares the engine from gathering them.
+    """
+
+    needs_values: ClassVar[bool] = True
 
     @abstractmethod
     def saliency(self, obs: Observation, layer: int) -> Tensor:

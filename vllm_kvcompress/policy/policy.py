@@ -29,9 +29,10 @@ class Policy:
     """Who scores, who allocates, who selects.
 
     propagator: says which tokens of a prompt go on above `tsp_layer`; None: all of them.
-    group_layers: how many consecutive layers share one scoring: the first of them, the leader,
-        is scored, the others take its scores. With an allocator that gives the layers of a
-        group the same pages, they keep the same tokens.
+    group_layers: how many consecutive layers share one scoring: one of them, the leader, is
+        scored, the others take its scores. With an allocator that gives the layers of a group
+        the same pages, they keep the same tokens.
+    group_leader: which of a group's layers leads, counted from 0.
     """
 
     scorer: Scorer
@@ -39,10 +40,11 @@ class Policy:
     selector: Selector
     propagator: Propagator | None = None
     group_layers: int = 1
+    group_leader: int = 0
 
     def leader(self, layer: int) -> int:
         """The layer whose scores `layer` takes."""
-        return layer - layer % self.group_layers
+        return layer - layer % self.group_layers + self.group_leader
 
     def keep(
         self,

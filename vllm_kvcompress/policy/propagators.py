@@ -1,7 +1,7 @@
 """Which tokens of a prompt the deep layers get to see: token-selective propagation."""
 
 from dataclasses import dataclass
-from typing import Annotated, Literal
+from typing import Annotated, ClassVar, Literal
 
 import torch
 from pydantic import Field
@@ -21,6 +21,8 @@ class AttentionPropagator(Propagator):
 
     The keys of the window itself do not count; they are propagated anyway.
     """
+
+    needs_values: ClassVar[bool] = False
 
     pool: Literal["max", "avg", "none"] = "max"
     pool_tokens: Annotated[int, Field(ge=1, le=1024)] = 7

@@ -61,6 +61,7 @@ def build(preset: Preset, layers: int | None = None) -> Policy:
     """
     _load_third_parties()
     group_layers = preset.layers_per_group(layers) if layers is not None else 1
+    group_leader = preset.leader_of_group(layers) if layers is not None else 0
     if layers is not None and preset.propagates:
         preset.last_full_layer(layers)
     scorer = _make("scorer", _scorers, preset.scorer)
@@ -77,6 +78,7 @@ def build(preset: Preset, layers: int | None = None) -> Policy:
             _make("propagator", _propagators, preset.propagator) if preset.propagates else None
         ),
         group_layers=group_layers,
+        group_leader=group_leader,
     )
 
 

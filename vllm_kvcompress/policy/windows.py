@@ -12,8 +12,6 @@ from vllm_kvcompress.policy.interfaces import Scorer
 from vllm_kvcompress.policy.observation import Observation
 from vllm_kvcompress.policy.registry import register_scorer
 
-_ATTENTION = AttentionScorer(power=1, pool="none", score_window=False)
-
 
 @register_scorer("windows")
 @dataclass(frozen=True)
@@ -21,11 +19,14 @@ class WindowScorer(Scorer):
     """One score per review window, the same for its tokens and for every head.
 
     The review is what stands before the observation window (the suffix); it is cut into windows
-    of `review_tokens` candidates, the last of which may be short. A token's attention is summed
+    of `review_tokens` candidates, the last of which may be short. A token's attention is joined
     over the suffix's queries; a window is worth, averaged over all query heads,
 
     worth: "mean", its tokens' mean (WindowKV for aggregation tasks), or "top-half", the mean of
         its `review_tokens // 2` largest (WindowKV for localization tasks).
+    queries, half_life_tokens: as `AttentionScorer` joins queries; WindowKV sums them all alike.
+    pool_tokens: what a token is worth, the `pool_tokens - 1` after it are worth too, so that what
+        goes on in the next window stays with it; 1, as in WindowKV: windows end where they end.
     """
 
     needs_values: ClassVar[bool] = False
@@ -33,10 +34,21 @@ class WindowScorer(Scorer):
 
     review_tokens: Annotated[int, Field(ge=2, le=1024)] = 8
     worth: Literal["mean", "top-half"] = "mean"
+    queries: Literal["sum", "max"] = "sum"
+    half_life_tokens: Annotated[float, Field(gt=0)] | None = None
+    pool_tokens: Annotated[int, Field(ge=1, le=1024)] = 1
 
     def score(self, obs: Observation, layer: int) -> Tensor:
+        attention = AttentionScorer(
+            power=1,
+            queries=self.queries,
+            half_life_tokens=self.half_life_tokens,
+            pool_side="later",
+            pool_tokens=self.pool_tokens,
+            score_window=False,
+        )
         review = int((obs.positions < obs.query_positions.min()).sum())
-        mass = _ATTENTION.mass(obs)[..., :review].flatten(0, 1)  # [Hq, R]
+        mass = attention.pooled(attention.mass(obs))[..., :review].flatten(0, 1)  # [Hq, R]
         worth = self.window_worth(mass).repeat_interleave(self.review_tokens)[:review]
         return F.pad(worth, (0, obs.tokens - review)).expand(obs.heads, obs.tokens)
 

@@ -1,10 +1,11 @@
-"""Wrappers that exist only once an engine with compression is configured in this process.
+"""Wrappers that exist only once an engine with compression, or a store, is configured here.
 
     InputProcessor._build_logits_processors_params_validator   a request's knobs are checked
+    InputProcessor.process_inputs                              the class of its task is told
     StatLoggerManager.__init__                                 our figures leave vLLM's statistics
 
-Both ask the `VllmConfig` they are given, so another engine in the process is not affected. And
-in an API server that compresses:
+All ask the `VllmConfig` they are given, so another engine in the process is not affected. And
+in an API server of such an engine:
 
     ChatCompletionRequest.to_beam_search_params                knobs are refused there
     CompletionRequest.to_beam_search_params
@@ -17,23 +18,36 @@ from vllm.config import VllmConfig
 from vllm.v1.engine.input_processor import InputProcessor
 from vllm.v1.metrics.loggers import StatLoggerManager
 
-from vllm_kvcompress.config import wants_compression
+from vllm_kvcompress.config import uses_store, wants_compression
 from vllm_kvcompress.wrapping import wrap
 
 
 def attach() -> None:
-    """Install the two wrappers, once."""
+    """Install the three wrappers, once."""
     wrap(InputProcessor, "_build_logits_processors_params_validator", _build_validator)
+    wrap(InputProcessor, "process_inputs", _process_inputs)
     wrap(StatLoggerManager, "__init__", _init_stat_loggers)
 
 
 def _build_validator(original: Callable[..., Any], self: InputProcessor) -> Callable[[Any], None]:
     validate = original(self)
-    if not wants_compression(self.vllm_config.additional_config):
+    if not _is_ours(self.vllm_config):
         return validate
     from vllm_kvcompress.serving.validation import RequestCheck
 
     return RequestCheck(self.vllm_config, then=validate)
+
+
+def _process_inputs(
+    original: Callable[..., Any], self: InputProcessor, *args: Any, **kwargs: Any
+) -> Any:
+    request = original(self, *args, **kwargs)
+    check: Any = self.validate_logits_processors_params
+    if _is_ours(self.vllm_config) and check.config is not None:
+        from vllm_kvcompress.serving.prompt_tasks import tell_task
+
+        tell_task(check.config, request, self.tokenizer)
+    return request
 
 
 def _init_stat_loggers(
@@ -44,11 +58,15 @@ def _init_stat_loggers(
     custom_stat_loggers: list[Any] | None = None,
     **kwargs: Any,
 ) -> None:
-    if wants_compression(vllm_config.additional_config):
+    if _is_ours(vllm_config):
         from vllm_kvcompress.serving.metrics import KVCompressStatLogger
 
         custom_stat_loggers = [KVCompressStatLogger, *(custom_stat_loggers or [])]
     original(self, vllm_config, engine_idxs, custom_stat_loggers, **kwargs)
+
+
+def _is_ours(vllm_config: VllmConfig) -> bool:
+    return wants_compression(vllm_config.additional_config) or uses_store(vllm_config)
 
 
 def attach_to_requests() -> None:

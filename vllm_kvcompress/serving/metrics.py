@@ -14,6 +14,8 @@ from vllm.v1.metrics.loggers import AggregateStatLoggerBase
 from vllm_kvcompress.config import REFUSAL_REASONS
 from vllm_kvcompress.engine.stats import STATS_KEY
 from vllm_kvcompress.serving.snapshots import Snapshots
+from vllm_kvcompress.transport.stats import TIMELINE
+from vllm_kvcompress.transport.timeline import Timelines
 
 PREFIX = "vllm:kv_compress_"
 LABELS = ["model_name", "engine"]
@@ -81,6 +83,7 @@ class KVCompressStatLogger(AggregateStatLoggerBase):
         self._engines = engine_indexes
         self._series: Series | None = None
         self.snapshots = Snapshots()
+        self.timelines = Timelines()
 
     def log_engine_initialized(self) -> None:
         """Register the series: vLLM's own logger, built after us, would unregister them."""
@@ -98,6 +101,8 @@ class KVCompressStatLogger(AggregateStatLoggerBase):
         engine_idx: int = 0,
     ) -> None:
         payload = take_payload(scheduler_stats)
+        if scheduler_stats and scheduler_stats.kv_connector_stats:
+            self.timelines.add(scheduler_stats.kv_connector_stats.get(TIMELINE, ()))
         if payload is None:
             return
         if self._series is None:

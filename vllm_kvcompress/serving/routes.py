@@ -15,6 +15,7 @@ from starlette.routing import Route
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from vllm_kvcompress.config import parse_engine_config
+from vllm_kvcompress.presets import OFF
 from vllm_kvcompress.serving.attach import attach_to_requests
 from vllm_kvcompress.serving.metrics import KVCompressStatLogger
 
@@ -46,12 +47,13 @@ async def stats(request: Request) -> JSONResponse:
     if ours is None:
         return JSONResponse({"error": {"message": NO_STATISTICS}}, status_code=503)
     vllm_config = client.vllm_config
-    config = parse_engine_config(vllm_config.additional_config["kv_compress"])
+    raw = (vllm_config.additional_config or {}).get("kv_compress")
     return JSONResponse(
         {
-            "preset": config.preset,
+            "preset": parse_engine_config(raw).preset if raw else OFF,
             "block_tokens": vllm_config.cache_config.block_size,
             **ours.snapshots.summed(),
+            "cachegen_timelines": ours.timelines.to_list(),
             "refusals": client.input_processor.validate_logits_processors_params.refusals,
         }
     )

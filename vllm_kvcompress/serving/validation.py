@@ -8,9 +8,17 @@ from vllm.config import VllmConfig
 from vllm.exceptions import VLLMValidationError
 
 from vllm_kvcompress.accounting import Settings
-from vllm_kvcompress.config import REQUEST_KEYS, REQUEST_PREFIX, KnobError, parse_engine_config
+from vllm_kvcompress.config import (
+    REQUEST_KEYS,
+    REQUEST_PREFIX,
+    KnobError,
+    parse_engine_config,
+    uses_store,
+    wants_compression,
+)
 from vllm_kvcompress.presets import shorten
 from vllm_kvcompress.serving.metrics import refusals_counter
+from vllm_kvcompress.transport.knobs import KNOB_PREFIX, knobs_of
 
 PARAMETER_CHARACTERS = 80
 
@@ -30,7 +38,10 @@ class RequestCheck:
     """
 
     def __init__(self, vllm_config: VllmConfig, then: Callable[[Any], None]) -> None:
-        self._config = parse_engine_config(vllm_config.additional_config["kv_compress"])
+        additional = vllm_config.additional_config
+        compresses = wants_compression(additional)
+        self.config = parse_engine_config(additional["kv_compress"]) if compresses else None
+        self._has_store = uses_store(vllm_config)
         self._max_tokens = vllm_config.model_config.max_model_len
         self._model_name = vllm_config.model_config.served_model_name
         self._then = then
@@ -39,8 +50,10 @@ class RequestCheck:
     def __call__(self, params: Any) -> None:
         """Raise `RefusedKnob` naming the key, the value and what is allowed."""
         try:
-            settings = self._config.request_settings(params.extra_args, self._max_tokens)
-            _refuse_prompt_logprobs(params, settings)
+            if self.config is not None:
+                settings = self.config.request_settings(params.extra_args, self._max_tokens)
+                _refuse_prompt_logprobs(params, settings)
+            knobs_of(params.extra_args, self._has_store)
         except KnobError as error:
             self.refusals[error.reason] += 1
             refusals_counter().labels(self._model_name, error.reason).inc()
@@ -64,7 +77,7 @@ def _refuse_prompt_logprobs(params: Any, settings: Settings | None) -> None:
 def refuse_knobs_of_beam_search(xargs: Mapping[str, Any] | None) -> None:
     """Raise `RefusedKnob` for any of our knobs: vLLM hands none on to a beam search."""
     for key, value in (xargs or {}).items():
-        if key in REQUEST_KEYS or key.startswith(f"{REQUEST_PREFIX}_"):
+        if key in REQUEST_KEYS or key.startswith((f"{REQUEST_PREFIX}_", KNOB_PREFIX)):
             raise RefusedKnob(
                 f"{shorten(key)} (given {shorten(value)}) has no effect on a beam search, which "
                 "runs with the server's own preset: leave it out",

@@ -19,24 +19,22 @@ from vllm.distributed.kv_transfer.kv_connector.v1.base import (
     KVConnectorRole,
 )
 from vllm.distributed.parallel_state import get_tensor_model_parallel_rank
-from vllm.logger import init_logger
-from vllm.platforms import current_platform
 
 from vllm_kvcompress.paging.pool import PageFormat
 from vllm_kvcompress.transport.chunks import ChunkCodec
 from vllm_kvcompress.transport.container import VERSION
-from vllm_kvcompress.transport.jobs import Jobs, Load, Save
+from vllm_kvcompress.transport.jobs import Compute, Jobs, Load, Save
 from vllm_kvcompress.transport.keys import chunk_digests, namespace, root_digest, store_key
+from vllm_kvcompress.transport.knobs import Knobs, knobs_or_text
 from vllm_kvcompress.transport.levels import RECOMPUTE
 from vllm_kvcompress.transport.pages import CachePages
 from vllm_kvcompress.transport.profile import Profile
-from vllm_kvcompress.transport.settings import ConnectorSettings, Knobs, knobs_of
+from vllm_kvcompress.transport.settings import ConnectorSettings
+from vllm_kvcompress.transport.setup import refuse
 from vllm_kvcompress.transport.stats import CacheGenMetrics, CacheGenStats, Tally
 from vllm_kvcompress.transport.stores import StoreError, open_store
 from vllm_kvcompress.transport.transfers import Transfers
 
-logger = init_logger(__name__)
-LEARN_FROM_TOKENS = 64  # a step with fewer prompt tokens says little about recomputing
 FLUSH_LIMIT_S = 10.0
 
 
@@ -46,6 +44,7 @@ class Tracked:
 
     request: Any
     space: str
+    root: bytes
     digests: list[str]
     knobs: Knobs
     lookup: "Future[list[tuple[int, ...]]] | None" = None
@@ -79,7 +78,7 @@ class CacheGenConnector(KVConnectorBase_V1):
         super().__init__(vllm_config, role, kv_cache_config)
         transfer = vllm_config.kv_transfer_config
         self.settings = ConnectorSettings.of(transfer.kv_connector_extra_config)
-        _refuse(vllm_config, kv_cache_config, self.settings)
+        refuse(vllm_config, self.settings, kv_cache_config)
         self.tally = Tally()
         self._profile = Profile.load(self.settings.profile) if self.settings.profile else None
         self._codec = ChunkCodec(self._profile, self.settings.quantiser, self.settings.threads)
@@ -100,18 +99,13 @@ class CacheGenConnector(KVConnectorBase_V1):
         if request.request_id in self._tracked or not request.prompt_token_ids:
             return
         params = request.sampling_params
-        try:
-            knobs = knobs_of(params.extra_args if params else None)
-        except ValueError as error:
-            logger.warning("CacheGenConnector: request %s: %s", request.request_id, error)
-            self.tally.add("missed", label="bad_knob")
-            knobs = Knobs(level=RECOMPUTE)
+        knobs = knobs_or_text(params.extra_args if params else None)
         root = root_digest(self._fingerprint | _shaped_by(request))
-        chunk = self.settings.chunk_tokens
         tracked = Tracked(
             request,
             namespace(request.cache_salt),
-            chunk_digests(root, request.prompt_token_ids, chunk),
+            root,
+            chunk_digests(root, request.prompt_token_ids, self.settings.chunk_tokens),
             knobs,
         )
         self._tracked[request.request_id] = tracked
@@ -132,11 +126,12 @@ class CacheGenConnector(KVConnectorBase_V1):
             self.tally.add("missed", len(tracked.digests), label="lookup_too_slow")
             return 0, False
         tracked.stored = tracked.lookup.result()
-        chunk = self.settings.chunk_tokens
         limit = self.hit_limit(request)
-        most = (request.num_prompt_tokens - 1 if limit is None else limit) // chunk
+        most = request.num_prompt_tokens - 1 if limit is None else limit
+        stored = len(tracked.stored) * self.settings.chunk_tokens
         tracked.first_token = num_computed_tokens
-        found = min(len(tracked.stored), most) * chunk - num_computed_tokens
+        # Of the last chunk, whole blocks are used.
+        found = min(stored, most // self._block_tokens * self._block_tokens) - num_computed_tokens
         return (found, True) if found > 0 else (0, False)
 
     def update_state_after_alloc(self, request: Any, blocks: Any, num_external_tokens: int) -> None:
@@ -148,15 +143,16 @@ class CacheGenConnector(KVConnectorBase_V1):
         chunk = self.settings.chunk_tokens
         (block_ids,) = blocks.get_block_ids()
         last = tracked.first_token + num_external_tokens
-        first_chunk = tracked.first_token // chunk
+        first_chunk, last_chunk = tracked.first_token // chunk, -(-last // chunk)
         tracked.load = Load(
             request_id=request.request_id,
             space=tracked.space,
             first_chunk=first_chunk,
-            digests=tracked.digests[first_chunk : last // chunk],
-            levels=tracked.stored[first_chunk : last // chunk],
+            digests=tracked.digests[first_chunk:last_chunk],
+            levels=tracked.stored[first_chunk:last_chunk],
             first_token=tracked.first_token,
             block_ids=list(block_ids[: last // self._block_tokens]),
+            prompt_tokens=request.num_prompt_tokens,
             arrived=request.arrival_time,
             level=tracked.knobs.level,
             ttft_s=tracked.knobs.ttft_s or (self.settings.ttft_ms or 0) / 1000 or None,
@@ -168,11 +164,16 @@ class CacheGenConnector(KVConnectorBase_V1):
             if tracked.load is not None:
                 jobs.loads.append(tracked.load)
                 tracked.load = None
-        if self._saves:
-            for request_id, tokens in scheduler_output.num_scheduled_tokens.items():
-                tracked = self._tracked.get(request_id)
-                if tracked is not None:
-                    jobs.saves += self._new_chunks(request_id, tracked, tokens)
+        for request_id, tokens in scheduler_output.num_scheduled_tokens.items():
+            tracked = self._tracked.get(request_id)
+            if tracked is None:
+                continue
+            first, prompt = tracked.request.num_computed_tokens, tracked.request.num_prompt_tokens
+            if first < prompt:
+                last = min(first + tokens, prompt)
+                jobs.computes.append(Compute(request_id, first, last, prompt))
+            if self._saves:
+                jobs.saves += self._new_chunks(request_id, tracked, tokens)
         return jobs
 
     def request_finished(
@@ -185,19 +186,20 @@ class CacheGenConnector(KVConnectorBase_V1):
 
     def _look_up(self, tracked: Tracked) -> list[tuple[int, ...]]:
         """Levels stored of each chunk, of all ranks, up to the first chunk that has none."""
+        digests = tracked.digests
         keys = [
             store_key(tracked.space, digest, rank, self._ranks, level)
-            for digest in tracked.digests
+            for digest in digests
             for level in self.settings.levels
             for rank in range(self._ranks)
         ]
         try:
             there = iter(self._store.has(keys))
         except StoreError as error:
-            self.tally.add("missed", len(tracked.digests), label=f"store_{error.reason}")
+            self.tally.add("missed", len(digests), label=f"store_{error.reason}")
             return []
         found = []
-        for _ in tracked.digests:
+        for _ in digests:
             by_level = {
                 level: all([next(there) for _ in range(self._ranks)])
                 for level in self.settings.levels
@@ -209,15 +211,19 @@ class CacheGenConnector(KVConnectorBase_V1):
         return found[:stop]
 
     def _new_chunks(self, request_id: str, tracked: Tracked, tokens: int) -> list[Save]:
-        """Chunks of the prompt that are whole after this step and not in the store."""
+        """Chunks that are whole after this step and not in the store; of the answer too, which
+        the next turn of a conversation brings back."""
         chunk, block = self.settings.chunk_tokens, self._block_tokens
         computed = tracked.request.num_computed_tokens + tokens
         limit = self.publish_limit(tracked.request)
         if limit is not None:
             computed = min(computed, limit)
-        whole = min(computed // chunk, len(tracked.digests))
+        whole = min(computed, tracked.request.num_tokens) // chunk
         if whole <= tracked.saved_chunks:
             return []
+        if whole > len(tracked.digests):
+            known = tracked.request.all_token_ids[: whole * chunk]
+            tracked.digests = chunk_digests(tracked.root, known, chunk)
         assert self._kv_cache_manager is not None
         (block_ids,) = self._kv_cache_manager.get_block_ids(request_id)
         saves = [
@@ -251,7 +257,7 @@ class CacheGenConnector(KVConnectorBase_V1):
 
     def bind_connector_metadata(self, connector_metadata: Any) -> None:
         super().bind_connector_metadata(connector_metadata)
-        self._step_began = time.monotonic()
+        self._step_began = time.time()
 
     def start_load_kv(self, forward_context: Any, **kwargs: Any) -> None:
         assert self.transfers is not None
@@ -266,15 +272,14 @@ class CacheGenConnector(KVConnectorBase_V1):
 
     def wait_for_save(self) -> None:
         assert self.transfers is not None
-        saves = self._get_connector_metadata().saves
-        tokens = len(saves) * self.settings.chunk_tokens
-        if tokens >= LEARN_FROM_TOKENS:
-            self.transfers.computed(tokens, time.monotonic() - self._step_began)
-        for save in saves:
+        jobs = self._get_connector_metadata()
+        self.transfers.computed(jobs.computes, self._step_began, time.time())
+        for save in jobs.saves:
             self.transfers.save(save)
 
     def get_finished(self, finished_req_ids: set[str]) -> tuple[set[str] | None, set[str] | None]:
         assert self.transfers is not None
+        self.transfers.forget(finished_req_ids)
         return None, self.transfers.take_finished()
 
     def get_block_ids_with_load_errors(self) -> set[int]:
@@ -301,31 +306,6 @@ class CacheGenConnector(KVConnectorBase_V1):
         cls, vllm_config: Any, metric_types: Any, labelnames: Any, per_engine_labelvalues: Any
     ) -> CacheGenMetrics:
         return CacheGenMetrics(vllm_config, metric_types, labelnames, per_engine_labelvalues)
-
-
-def _refuse(vllm_config: Any, kv_cache_config: Any, settings: ConnectorSettings) -> None:
-    """One clear line for what does not work."""
-    block, parallel = vllm_config.cache_config.block_size, vllm_config.parallel_config
-    refused = (
-        (not current_platform.is_cpu(), "it runs on CPUs so far"),
-        (
-            settings.chunk_tokens % block,
-            f"chunk_tokens {settings.chunk_tokens} is not a multiple of the block size {block}",
-        ),
-        (vllm_config.model_config.use_mla, "multi-head latent attention is not supported"),
-        (
-            kv_cache_config is not None and len(kv_cache_config.kv_cache_groups) > 1,
-            "models with several kinds of KV cache are not supported",
-        ),
-        (parallel.pipeline_parallel_size > 1, "pipeline parallelism is not supported"),
-        (
-            vllm_config.cache_config.cache_dtype not in ("auto", "float16", "bfloat16"),
-            "a quantised KV cache is not supported",
-        ),
-    )
-    for found, why in refused:
-        if found:
-            raise ValueError(f"CacheGenConnector: {why}")
 
 
 def _fingerprint(

@@ -16,6 +16,7 @@ class Load:
     levels: list[tuple[int, ...]]  # that are stored, of each
     first_token: int  # where the blocks that vLLM found by itself end
     block_ids: list[int]  # of the whole prefix
+    prompt_tokens: int
     arrived: float  # time.time()
     level: int | None
     ttft_s: float | None
@@ -31,8 +32,19 @@ class Save:
 
 
 @dataclass
+class Compute:
+    """Prompt tokens `first` to `last` (not included) that are computed in this step."""
+
+    request_id: str
+    first: int
+    last: int
+    prompt_tokens: int
+
+
+@dataclass
 class Jobs(KVConnectorMetadata):
     """One step's."""
 
     loads: list[Load] = field(default_factory=list)
     saves: list[Save] = field(default_factory=list)
+    computes: list[Compute] = field(default_factory=list)

@@ -3,11 +3,12 @@
 Level 0 is the chunk's text: recompute it. Levels count upwards in quality.
 """
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
-from vllm_kvcompress.transport.levels import RECOMPUTE
+from vllm_kvcompress.transport.levels import LOSSLESS, RECOMPUTE
 
 Sizes = Mapping[int, int]
 """Bytes of one chunk by level; only the levels that are stored."""
@@ -22,6 +23,32 @@ class Progress:
     elapsed_s: float
     bytes_per_s: float | None  # of the last transfer; None before the first
     recompute_s: float | None  # per chunk; None where recomputing is no choice
+    worst_bytes_per_s: float | None = None  # of the transfers remembered
+    decode_s: float = 0.0  # per chunk, at the same time as transfers
+    undecoded: int = 0  # chunks that have arrived
+    finish_s: float = 0.0  # from the last chunk to the first token
+
+    def loading_s(self, level: int) -> float:
+        """Until the first token, if all that remains comes at this level, as fast as now."""
+        assert self.bytes_per_s
+        transfer_s = sum(_at(sizes, level) for sizes in self.remaining) / self.bytes_per_s
+        decoding_s = (self.undecoded + len(self.remaining)) * self.decode_s
+        return max(transfer_s + self.decode_s, decoding_s) + self.finish_s
+
+    def bad_case_s(self, level: int) -> float:
+        """The same, if the next chunk comes at this level, all others at the lowest, and the line
+        is from now on as slow as it has ever been."""
+        worst = min(rate for rate in (self.bytes_per_s, self.worst_bytes_per_s) if rate)
+        rest = sum(min(sizes.values()) for sizes in self.remaining[1:])
+        transfer_s = (_at(self.remaining[0], level) + rest) / worst
+        decoding_s = (self.undecoded + len(self.remaining)) * self.decode_s
+        return max(transfer_s + self.decode_s, decoding_s) + self.finish_s
+
+    def text_s(self) -> float:
+        """The same, if all that remains is recomputed."""
+        if self.recompute_s is None:
+            return math.inf
+        return len(self.remaining) * self.recompute_s + self.finish_s
 
 
 class StreamPolicy(Protocol):
@@ -64,26 +91,31 @@ class CarriedSlack:
     """The paper's rule (arXiv 2310.07240, appendix C): the text if recomputing all that remains
     fits the remaining time; else the best level at which all that remains does; else the lowest,
     or the text where that is faster. The first chunk, its throughput unknown, gets a middle level.
+
+    Two things are added. A level above the lowest is taken only if the target can still be met
+    should the line become as slow as it was before: so the target is met whenever the lowest
+    level throughout meets it. And the lossless level, where it fits, comes before the text: it is
+    as exact, and leaves the processor to others.
     """
 
     ttft_s: float
 
     def choose(self, progress: Progress) -> int:
-        sizes, rate = progress.remaining[0], progress.bytes_per_s
-        if rate is None:
+        sizes = progress.remaining[0]
+        if progress.bytes_per_s is None:
             return _middle(sizes)
-        left_s, chunks = self.ttft_s - progress.elapsed_s, len(progress.remaining)
-        recompute_s = progress.recompute_s
-        if recompute_s is not None and chunks * recompute_s <= left_s:
+        left_s, lowest = self.ttft_s - progress.elapsed_s, min(sizes)
+        fitting = (
+            level
+            for level in sorted(sizes, reverse=True)
+            if progress.loading_s(level) <= left_s and progress.bad_case_s(level) <= left_s
+        )
+        best = next(fitting, None)
+        if best != LOSSLESS and progress.text_s() <= left_s:
             return RECOMPUTE
-        for level in sorted(sizes, reverse=True):
-            if sum(_at(other, level) for other in progress.remaining) / rate <= left_s:
-                return level
-        lowest = min(sizes)
-        all_lowest_s = sum(_at(other, lowest) for other in progress.remaining) / rate
-        if recompute_s is not None and chunks * recompute_s < all_lowest_s:
-            return RECOMPUTE
-        return lowest
+        if best is None:
+            return lowest if progress.loading_s(lowest) <= progress.text_s() else RECOMPUTE
+        return best
 
 
 RULES = {"carried_slack": CarriedSlack, "equal_shares": EqualShares}

@@ -2,16 +2,18 @@
 
 import threading
 import time
-from collections.abc import Iterator
+from collections import deque
+from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from queue import Empty, SimpleQueue
+from typing import Any
 
 import numpy as np
 
 from vllm_kvcompress.transport.chunks import ChunkCodec, WrongProfile
 from vllm_kvcompress.transport.codec import CorruptChunk
 from vllm_kvcompress.transport.container import WrongVersion, parse
-from vllm_kvcompress.transport.jobs import Load, Save
+from vllm_kvcompress.transport.jobs import Compute, Load, Save
 from vllm_kvcompress.transport.keys import store_key
 from vllm_kvcompress.transport.levels import RECOMPUTE
 from vllm_kvcompress.transport.pages import CachePages
@@ -19,8 +21,11 @@ from vllm_kvcompress.transport.settings import ConnectorSettings
 from vllm_kvcompress.transport.stats import Tally
 from vllm_kvcompress.transport.stores import Store, StoreError
 from vllm_kvcompress.transport.stream import RULES, FixedLevel, Progress, StreamPolicy
+from vllm_kvcompress.transport.timeline import Event, Mark
 
 LOADS_AT_ONCE = 4
+RATES_KEPT = 32
+LEARN_FROM_TOKENS = 64  # a step with fewer prompt tokens says little about recomputing
 USUAL_RATIO = {1: 10, 2: 8, 3: 6, 4: 1.5}  # of raw bytes, before the first chunk of a level
 MB = 1 << 20
 
@@ -50,7 +55,6 @@ class Transfers:
         self.settings, self.store, self.codec, self.pages = settings, store, codec, pages
         self.tally, self.rank, self.ranks = tally, rank, ranks
         self.may_recompute = may_recompute
-        self.timeline: list[tuple[str, str, int, int, float, float]] = []
         self._loaders = ThreadPoolExecutor(LOADS_AT_ONCE, "cachegen-load")
         self._fetchers = ThreadPoolExecutor(LOADS_AT_ONCE, "cachegen-fetch")
         self._savers = ThreadPoolExecutor(1, "cachegen-save")
@@ -61,11 +65,17 @@ class Transfers:
         self._buffered = 0
         self._saving: set[Future[None]] = set()
         self._seen_bytes: dict[int, float] = {}  # of a chunk, by level
-        self._rate: float | None = None
-        self._recompute_s: float | None = None
+        self._rates: deque[float] = deque(maxlen=RATES_KEPT)  # bytes per second of transfers
+        self._recompute_s: float | None = None  # per chunk, as the next one
+        self._decode_s: float | None = None
+        self._on_the_way: set[str] = set()  # loaded for, and without a first token yet
 
     def load(self, job: Load) -> None:
         """Begin to bring chunks in; `take_finished` tells when it is done."""
+        deadline = job.arrived + (job.ttft_s or 0)
+        self._mark(Event.REQUEST, job.request_id, 0, job.prompt_tokens, 0, job.arrived, deadline)
+        self._on_the_way.add(job.request_id)
+        self.tally.add("loads_in_flight")
         self._loaders.submit(self._load, job)
 
     def take_finished(self) -> set[str]:
@@ -93,6 +103,8 @@ class Transfers:
                 self.tally.add("not_stored", label="buffer_full")
                 return
             self._buffered += size
+        self.tally.add("saves_queued")
+        self.tally.add("save_queue_bytes", size)
         kv = self.pages.read(job.block_ids)
         future = self._savers.submit(self._save, job, kv, size)
         self._saving.add(future)
@@ -107,11 +119,23 @@ class Transfers:
             except TimeoutError:
                 return
 
-    def computed(self, tokens: int, seconds: float) -> None:
-        """Learn how fast prompts are computed, from a step of this many tokens."""
-        per_chunk = seconds / tokens * self.settings.chunk_tokens
-        old = self._recompute_s
-        self._recompute_s = per_chunk if old is None else 0.5 * (old + per_chunk)
+    def computed(self, prompts: Sequence[Compute], began: float, ended: float) -> None:
+        """Learn how fast prompts are computed, from a step that did."""
+        tokens = sum(part.last - part.first for part in prompts)
+        if tokens >= LEARN_FROM_TOKENS:
+            per_chunk = (ended - began) / tokens * self.settings.chunk_tokens
+            self._recompute_s = _smoothed(self._recompute_s, per_chunk)
+        for part in prompts:
+            if part.request_id in self._on_the_way:
+                where = part.request_id, part.first, part.last, 0
+                self._mark(Event.COMPUTE, *where, began, ended)
+                if part.last == part.prompt_tokens:
+                    self._mark(Event.FIRST_TOKEN, *where, ended, ended)
+                    self._on_the_way.discard(part.request_id)
+
+    def forget(self, request_ids: set[str]) -> None:
+        """These requests have ended."""
+        self._on_the_way -= request_ids
 
     def close(self) -> None:
         for pool in (self._savers, self._loaders, self._fetchers):
@@ -122,16 +146,18 @@ class Transfers:
         good_until = job.first_token
         try:
             for chunk, data in self._stream(job):
-                begun = time.time()
-                self._place(job, chunk, data)
-                self._mark("decode", job.request_id, chunk, 0, begun)
-                self.tally.add("decode_seconds", time.time() - begun)
-                good_until = (chunk + 1) * self.settings.chunk_tokens
+                begun, first = time.time(), good_until
+                level = self._place(job, chunk, data)
+                ended, good_until = time.time(), (chunk + 1) * self.settings.chunk_tokens
+                self._decode_s = _smoothed(self._decode_s, ended - begun)
+                self._mark(Event.DECODE, job.request_id, first, good_until, level, begun, ended)
+                self.tally.add("decode_seconds", ended - begun)
         except Miss as miss:
             self._count_rest(job, good_until, str(miss))
         except Exception as error:
             self._count_rest(job, good_until, type(error).__name__)
         block = self.pages.block_tokens
+        self.tally.add("loads_in_flight", -1)
         with self._lock:
             self._missing.update(job.block_ids[max(good_until, job.first_token) // block :])
             self._finished.add(job.request_id)
@@ -147,7 +173,8 @@ class Transfers:
                 for i in range(len(job.digests)):
                     if given_up.is_set():
                         return
-                    arrived.put((job.first_chunk + i, self._fetch(job, i, policy)))
+                    data = self._fetch(job, i, policy, undecoded=arrived.qsize() + (i > 0))
+                    arrived.put((job.first_chunk + i, data))
                 arrived.put(None)
             except Exception as error:
                 arrived.put(error)
@@ -172,13 +199,20 @@ class Transfers:
             return RULES[self.settings.rule](job.ttft_s)
         return FixedLevel(max(self.settings.levels))
 
-    def _fetch(self, job: Load, i: int, policy: StreamPolicy) -> bytes:
+    def _fetch(self, job: Load, i: int, policy: StreamPolicy, undecoded: int) -> bytes:
+        chunk_tokens, per_chunk_s = self.settings.chunk_tokens, self._recompute_s
+        loaded = len(job.block_ids) * self.pages.block_tokens
+        rates = list(self._rates)
         progress = Progress(
             remaining=[self._sizes(levels) for levels in job.levels[i:]],
             total_chunks=len(job.levels),
             elapsed_s=time.time() - job.arrived,
-            bytes_per_s=self._rate,
-            recompute_s=self._recompute_s if self.may_recompute else None,
+            bytes_per_s=rates[-1] if rates else None,
+            recompute_s=per_chunk_s if self.may_recompute else None,
+            worst_bytes_per_s=min(rates, default=None),
+            decode_s=self._decode_s or 0,
+            undecoded=undecoded,
+            finish_s=(per_chunk_s or 0) * (job.prompt_tokens - loaded) / chunk_tokens,
         )
         level = policy.choose(progress)
         if level == RECOMPUTE:
@@ -189,18 +223,19 @@ class Transfers:
             data = self.store.get(key, self._chunk_bytes() + MB)
         except StoreError as error:
             raise Miss(f"store_{error.reason}") from error
-        seconds = time.time() - begun
-        self._mark("fetch", job.request_id, job.first_chunk + i, level, begun)
-        self.tally.add("fetch_seconds", seconds)
+        ended = time.time()
+        first = (job.first_chunk + i) * chunk_tokens
+        self._mark(Event.FETCH, job.request_id, first, first + chunk_tokens, level, begun, ended)
+        self.tally.add("fetch_seconds", ended - begun)
         if data is None:
             raise Miss("gone")
-        self._rate = len(data) / max(seconds, 1e-6)
+        self._rates.append(len(data) / max(ended - begun, 1e-6))
         self._seen_bytes[level] = len(data)
         self.tally.add("loaded_bytes", len(data))
         return data
 
-    def _place(self, job: Load, chunk: int, data: bytes) -> None:
-        """Decode one chunk into its blocks, those left out that vLLM has already."""
+    def _place(self, job: Load, chunk: int, data: bytes) -> int:
+        """Decode one chunk into its blocks, those left out that vLLM has already. Its level."""
         try:
             header = parse(data, self._chunk_bytes()).header
             shape = len(self.pages.layers), self.pages.heads, self.pages.head_size
@@ -221,10 +256,12 @@ class Transfers:
         start = chunk * self.settings.chunk_tokens
         skipped = max(0, job.first_token - start) // block
         ids = job.block_ids[start // block : (start + self.settings.chunk_tokens) // block]
-        if ids[skipped:]:
-            self.pages.write(ids[skipped:], np.ascontiguousarray(kv[:, :, skipped * block :]))
+        if wanted := ids[skipped:]:
+            kv = kv[:, :, skipped * block : len(ids) * block]
+            self.pages.write(wanted, np.ascontiguousarray(kv))
         self.tally.add("loaded_chunks", label=header.level)
         self.tally.add("loaded_raw_bytes", header.raw_bytes)
+        return header.level
 
     def _save(self, job: Save, kv: np.ndarray, size: int) -> None:
         try:
@@ -249,6 +286,8 @@ class Transfers:
         finally:
             with self._lock:
                 self._buffered -= size
+            self.tally.add("saves_queued", -1)
+            self.tally.add("save_queue_bytes", -size)
 
     def _sizes(self, levels: tuple[int, ...]) -> dict[int, int]:
         """Bytes by level, from chunks seen so far, else guessed by the level's usual ratio."""
@@ -261,12 +300,16 @@ class Transfers:
         tokens = (job.first_chunk + len(job.digests)) * self.settings.chunk_tokens - good_until
         self.tally.add("missed", -(-tokens // self.settings.chunk_tokens), label=reason)
 
-    def _mark(self, what: str, request_id: str, chunk: int, level: int, begun: float) -> None:
-        self.timeline.append((what, request_id, chunk, level, begun, time.time()))
-        del self.timeline[:-1024]
+    def _mark(self, *fields: Any) -> None:
+        if self.rank == 0:
+            self.tally.mark(Mark(*fields))
 
     def _chunk_bytes(self) -> int:
         return self.pages.block_bytes * self.settings.chunk_tokens // self.pages.block_tokens
+
+
+def _smoothed(old: float | None, new: float) -> float:
+    return new if old is None else 0.5 * (old + new)
 
 
 def _get_before(

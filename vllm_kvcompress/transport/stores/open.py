@@ -1,5 +1,6 @@
 """A store by its URL."""
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated
 from urllib.parse import parse_qsl, urlsplit
@@ -7,6 +8,7 @@ from urllib.parse import parse_qsl, urlsplit
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from vllm_kvcompress.transport.stores.interface import Store
+from vllm_kvcompress.transport.stores.throttle import ThrottledStore, stepped
 
 OBJECT_SCHEMES = ("s3", "gs", "az", "memory")
 KNOWN = "file:///folder, redis://host:port/db, rediss://..., s3://bucket/prefix, gs://..., az://..."
@@ -20,13 +22,28 @@ class StoreOptions(BaseModel):
     ttl_s: Annotated[float, Field(gt=0, le=1e9)] | None = None
     timeout_s: Annotated[float, Field(gt=0, le=600)] = 5.0
     max_gb: Annotated[float, Field(gt=0, le=1e6)] | None = None
+    gbps: Annotated[str, Field(pattern=r"^\d+(\.\d+)?(,\d+(\.\d+)?)*$", max_length=200)] | None = (
+        None
+    )
+    step_mb: Annotated[float, Field(gt=0, le=1e6)] = 8
+
+    def line(self) -> Callable[[int], float] | None:
+        """How fast bytes pass: `gbps`, one rate after another for `step_mb` each; None: freely."""
+        if self.gbps is None:
+            return None
+        rates = [float(rate) for rate in self.gbps.split(",")]
+        if not min(rates) > 0:
+            raise ValueError(f"gbps={self.gbps}: must be more than 0")
+        return stepped(rates, int(self.step_mb * 1e6))
 
 
 def open_store(url: str) -> Store:
-    """The store at `url`: `file:///var/cache/kv?max_gb=50`, `redis://host:6379/0?ttl_s=86400`,
-    `s3://bucket/prefix`. Raises ValueError with one clear line; a store that is down is no error.
+    """The store at `url`: `file:///var/cache/kv?max_gb=50` (or `/var/cache/kv?max_gb=50`),
+    `redis://host:6379/0?ttl_s=86400`, `s3://bucket/prefix`.
+
+    Raises ValueError with one clear line; a store that is down is no error.
     """
-    parts = urlsplit(url)
+    parts = urlsplit(f"file://{url}" if url.startswith("/") else url)
     if parts.username or parts.password:
         raise ValueError(
             "store: credentials do not belong in the URL; set REDIS_USERNAME and REDIS_PASSWORD, "
@@ -40,15 +57,17 @@ def open_store(url: str) -> Store:
         detail = f"{'.'.join(map(str, what['loc']))}: {what['msg']}" if what else str(error)
         allowed = ", ".join(StoreOptions.model_fields)
         raise ValueError(f"store option {detail} (allowed: {allowed})") from None
+    line = options.line()
     bare = parts._replace(query="").geturl()
     if options.max_gb is not None and parts.scheme != "file":
         raise ValueError("store option max_gb is for file:// only; other stores have their own cap")
     try:
-        return _open(parts.scheme, bare, options)
+        store = _open(parts.scheme, bare, options)
     except ValueError:
         raise
     except Exception as error:
         raise ValueError(f"store {bare}: {error}") from error
+    return store if line is None else ThrottledStore(store, line)
 
 
 def _open(scheme: str, url: str, options: StoreOptions) -> Store:

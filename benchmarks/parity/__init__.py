@@ -1,0 +1,1 @@
+"""FastKV and WindowKV written a second time, densely, and held against the engine."""

@@ -1,0 +1,1 @@
+"""Which layers to trust: sweeps of a policy's settings on a model of your own."""
