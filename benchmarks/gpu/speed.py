@@ -87,7 +87,7 @@ def decode_bandwidth() -> dict[str, Any]:
 def codec() -> dict[str, Any]:
     """MB/s of the CPU codec on synthetic keys and values (there is no GPU codec)."""
     try:
-        from vllm_kvcompress.bench.codec import ours, synthetic
+        from vllm_kvcompress.bench.codec import Input, ours, synthetic
         from vllm_kvcompress.transport.codec import CodecMissing, instruction_sets
     except ImportError as error:
         raise Skipped(f"a package of the bench is missing: {error}") from None
@@ -95,7 +95,9 @@ def codec() -> dict[str, Any]:
         isa = instruction_sets()[-1]
     except CodecMissing:
         raise Skipped("the codec's extension is not built here") from None
-    measured = ours(synthetic(4, 1024, 1024), 8, 1, 256, isa, threads=1, rounds=3)
-    encode, decode = median(measured.encode_mb_s), median(measured.decode_mb_s)
+    given = Input("synthetic", synthetic(4, 1024, 1024), 8)
+    turns = [ours(given, 256, 1, isa, threads=1)() for _ in range(3)]
+    encode = given.kv.nbytes / median(turn.encode_s for turn in turns) / 1e6
+    decode = given.kv.nbytes / median(turn.decode_s for turn in turns) / 1e6
     what = f"encode / decode of raw bf16, {isa}, 1 thread"
     return {"rows": [{"what": what, "found": f"{encode:.0f} / {decode:.0f} MB/s"}]}
