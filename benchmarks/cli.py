@@ -7,6 +7,7 @@ import typer
 from vllm_kvcompress.bench import (
     attention,
     codec,
+    gpu_check,
     prefill,
     reuse,
     serve,
@@ -50,3 +51,13 @@ app.command("reuse")(reuse.main)
 app.command("codec")(codec.main)
 app.command("stream", cls=ListCommand)(stream.main)
 app.command("report")(report.main)
+
+
+@app.command(
+    "gpu",
+    add_help_option=False,
+    context_settings={"allow_extra_args": True, "ignore_unknown_options": True},
+)
+def gpu(context: typer.Context) -> None:
+    """What only a GPU can say: kernels, graphs, identity, bandwidth, throughput (8 minutes)."""
+    raise typer.Exit(gpu_check.main(context.args))

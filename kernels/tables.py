@@ -32,7 +32,9 @@ class Arenas:
     tails: Tensor
 
     @staticmethod
-    def allocate(slots: int, layers: int, heads: int, most_blocks: int, device: str) -> "Arenas":
+    def allocate(
+        slots: int, layers: int, heads: int, most_blocks: int, device: torch.device | str
+    ) -> "Arenas":
         """All slots empty."""
         return Arenas(
             layers,

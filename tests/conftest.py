@@ -2,4 +2,4 @@
 
 import os
 
-collect_ignore = [] if os.environ.get("TRITON_INTERPRET") == "1" else ["kernels"]
+collect_ignore = [] if os.environ.get("TRITON_INTERPRET") == "1" else ["kernels", "interpreted"]

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -17,8 +18,12 @@ pytestmark = pytest.mark.skipif(
 
 @pytest.mark.timeout(900)
 def test_kernels_in_triton_interpreter():
-    pytest_apart = ["-m", "pytest", "-q", "-p", "no:cacheprovider"]
-    run(*pytest_apart, TESTS / "kernels", TRITON_INTERPRET="1", OMP_NUM_THREADS="1")
+    assert passed_in_interpreter("kernels") > 100
+
+
+@pytest.mark.timeout(900)
+def test_gpu_engine_in_triton_interpreter():
+    assert passed_in_interpreter("interpreted") >= 18
 
 
 @pytest.mark.timeout(900)
@@ -26,6 +31,13 @@ def test_kernels_compile_for_gpus_without_spilling_registers():
     figures = json.loads(run(TESTS / "kernels/gpu_code.py"))
     assert {name.split()[-1] for name in figures} == {"sm_80", "sm_90", "sm_100"}
     assert not {name: of for name, of in figures.items() if of["spilled_bytes"]}
+
+
+def passed_in_interpreter(folder):
+    """How many tests of a folder passed; none may fail."""
+    pytest_apart = ["-m", "pytest", "-q", "-p", "no:cacheprovider"]
+    said = run(*pytest_apart, TESTS / folder, TRITON_INTERPRET="1", OMP_NUM_THREADS="1")
+    return int(re.search(r"(\d+) passed", said)[1])
 
 
 def run(*arguments, **environment):

@@ -5,7 +5,7 @@ was asked, what is allowed and how to mend it.
 """
 
 from collections.abc import Mapping
-from typing import Any, TypeGuard, cast
+from typing import Any, Literal, TypeGuard, cast
 
 from pydantic import Field, ValidationError, model_validator
 
@@ -51,6 +51,8 @@ REFUSAL_REASONS = (
 STORE_CONNECTOR = "CacheGenConnector"
 NO_STORE = "this server has no store: start it with `--kv-compress-store URL`"
 AUTO = "auto"
+ATTENTION_ENGINES = ("cpu", "flash_attn", "triton", "flashinfer", "xformers")
+AttentionEngineName = Literal["auto", "cpu", "flash_attn", "triton", "flashinfer", "xformers"]
 UNKNOWN_TASK: Task = "localization"  # of prompts without text
 
 
@@ -78,6 +80,8 @@ class EngineConfig(StrictModel):
     tsp_max_inflight_tokens: prompt tokens of all requests whose deep layers still wait for
         their last chunk; their hidden states take memory from the cache. None: the context
         length where the model allows TSP; 0: no TSP.
+    attention_engine: whose kernel reads compressed requests; "auto" takes the first of
+        `ATTENTION_ENGINES` that runs here.
     task_classifier: what tells the class of a task where a request leaves it to us: the id or
         folder of a Hugging Face sequence classifier; None: the shipped one.
     test_force_arena: for tests only; sends every prompt through an arena, even at rate 1, and
@@ -88,6 +92,7 @@ class EngineConfig(StrictModel):
     cachegen: dict[str, Any] | None = None
     presets: dict[str, Preset] = Field(default_factory=dict)
     tsp_max_inflight_tokens: int | None = Field(default=None, ge=0, le=2**31)
+    attention_engine: AttentionEngineName = "auto"
     task_classifier: str | None = Field(default=None, min_length=1, max_length=1024)
     test_force_arena: bool = False
 

@@ -362,7 +362,7 @@ class Storm:
     def execute(self, step: SchedulerOutput, snapshot: Snapshot) -> ModelRunnerOutput:
         compressor = self.compressor
         compressor.begin_step(step)
-        due = {d.request_id: d.arena_blocks.tolist() for d in compressor._due}
+        due = {d.request_id: d.arena_blocks for d in compressor._due}
         assert due == snapshot.arenas, f"the worker compresses {due}, not {snapshot.arenas}"
         self.update_runner(step)
         names = list(step.num_scheduled_tokens)

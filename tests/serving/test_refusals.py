@@ -5,17 +5,20 @@ from types import SimpleNamespace as Bag
 import pytest
 from vllm.config import KVTransferConfig
 from vllm.engine.arg_utils import EngineArgs
+from vllm.v1.attention.backends import fa_utils
 
 from vllm_kvcompress.config import EngineConfig
+from vllm_kvcompress.engine import setup
 from vllm_kvcompress.engine.propagation_limits import with_tsp_capacity
 from vllm_kvcompress.engine.refusals import (
     AFTER,
-    BEFORE,
+    ON_DEVICE,
     StartupError,
     refuse,
     refuse_platform,
     refuse_version,
 )
+from vllm_kvcompress.engine.setup import with_engine
 from vllm_kvcompress.plugin import register
 
 MODEL = "vllm_kvcompress/demo_model"
@@ -158,7 +161,7 @@ def test_a_real_configuration_is_refused(changes, says) -> None:
 def test_an_environment_that_contradicts_is_refused(monkeypatch, variable, says) -> None:
     monkeypatch.setenv(variable, "1")
     with pytest.raises(StartupError, match=f"{says}.*: .*unset {variable}"):
-        refuse(BEFORE, engine_args())
+        engine_args().create_engine_config()
 
 
 @pytest.mark.parametrize("version", ["0.31.2", "0.33.0", "0.320.0", "1.0", "dev"])
@@ -173,8 +176,56 @@ def test_every_patch_release_is_welcome(version) -> None:
 
 
 def test_another_device_is_refused() -> None:
-    with pytest.raises(StartupError, match="CUDA support is not built yet"):
-        refuse_platform(Bag(is_cpu=lambda: False, device_name="cuda"))
+    with pytest.raises(StartupError, match="ROCM support is not built"):
+        refuse_platform(Bag(is_cpu=lambda: False, is_cuda=lambda: False, device_name="rocm"))
+
+
+GPU = Bag(is_cpu=lambda: False, is_cuda=lambda: True, has_device_capability=lambda version: True)
+
+
+@pytest.fixture
+def flash_attention(monkeypatch) -> list[tuple]:
+    """A vLLM with FlashAttention; what is warned of."""
+    monkeypatch.setattr(fa_utils, "is_flash_attn_varlen_func_available", lambda: True)
+    monkeypatch.setattr(fa_utils, "get_flash_attn_version", lambda **_: 3)
+    warnings: list[tuple] = []
+    monkeypatch.setattr(setup.logger, "warning", lambda *said: warnings.append(said))
+    return warnings
+
+
+def test_a_gpu_is_let_in_with_a_warning(flash_attention) -> None:
+    refuse_platform(GPU)
+    args = engine_args()
+    config = with_engine(EngineConfig(), args, GPU)
+    assert config.attention_engine == "flash_attn" and args.attention_backend.name == "FLASH_ATTN"
+    ((said, *_),) = flash_attention
+    assert "never run on a GPU" in said
+    assert with_engine(EngineConfig(), args, GPU) == config, "a second time"
+
+
+def test_a_backend_that_the_engine_does_not_work_beside_is_refused(flash_attention) -> None:
+    args = engine_args(attention_backend="TRITON_ATTN")
+    with pytest.raises(StartupError, match="works beside FLASH_ATTN, not TRITON_ATTN: drop"):
+        with_engine(EngineConfig(attention_engine="flash_attn"), args, GPU)
+
+
+@pytest.mark.parametrize(("engine", "says"), [("triton", "no Triton"), ("flash_attn", "CUDA")])
+def test_an_engine_that_is_not_here_is_refused(engine, says) -> None:
+    settings = {"kv_compress": {"attention_engine": engine}}
+    with pytest.raises(StartupError, match=f"attention_engine={engine} cannot run here: .*{says}"):
+        engine_args(additional_config=settings).create_engine_config()
+
+
+def test_a_gpu_engine_refuses_what_only_the_cpu_has() -> None:
+    config = fake_config(parallel={"data_parallel_size": 2, "use_ubatching": False})
+    config.kv_transfer_config = None
+    with pytest.raises(StartupError, match="data parallelism"):
+        refuse(ON_DEVICE, config)
+    with pytest.raises(StartupError, match="attention_engine=cpu: leave it out"):
+        with_tsp_capacity(
+            EngineConfig(preset="fastkv", attention_engine="triton"),
+            engine_args().create_engine_config(),
+        )
 
 
 @pytest.mark.parametrize("off", [None, False])

@@ -11,6 +11,7 @@ from functools import lru_cache
 import numpy as np
 import torch
 from torch import Tensor
+from vllm.utils.torch_utils import async_tensor_h2d
 
 from vllm_kvcompress.paging.tables import PageTables
 
@@ -22,23 +23,43 @@ class Sequences:
     rows: int64 `[R]` their rows in the runner's batch.
     tokens, lanes: int64 `[sum(q)*H]`, the token and the KV head each query is of.
     query_start_loc: int32 `[R*H + 1]`.
+    most_queries: the most tokens of one request.
     """
 
     rows: Tensor
     tokens: Tensor
     lanes: Tensor
     query_start_loc: Tensor
+    most_queries: int
+
+    @staticmethod
+    def of(rows: Sequence[int], query_start: np.ndarray, heads: int) -> "Sequences":
+        """Those of some rows of a batch; `query_start` int `[num_reqs + 1]`, each row's first."""
+        chosen = np.asarray(rows)
+        starts = query_start[chosen]
+        return _sequences(
+            tuple(chosen), tuple(starts), tuple(query_start[chosen + 1] - starts), heads
+        )
+
+    def on(self, device: torch.device) -> "Sequences":
+        """A copy there, without waiting for the device."""
+        if device.type == "cpu":
+            return self
+        tensors = (self.rows, self.tokens, self.lanes, self.query_start_loc)
+        there = (async_tensor_h2d(tensor, device=device) for tensor in tensors)
+        return Sequences(*there, self.most_queries)
 
 
 @dataclass(frozen=True, slots=True)
 class HeadBatch:
     """R compressed requests of a step as `R*H` sequences.
 
-    seq_lens: int32 `[L, R*H]`, kept tokens plus tail.
+    seq_lens: int32 `[L, R*H]`, kept tokens plus tail; longest: an upper bound of them.
     """
 
     sequences: Sequences
     seq_lens: Tensor
+    longest: int
     _tables: PageTables
     _slots: Tensor | slice
 
@@ -62,11 +83,10 @@ class HeadBatch:
         tails = tables.extend(slots, ends, block_ids)
         dense = len(slots) == slots[-1] + 1
         chosen = slice(0, len(slots)) if dense else torch.from_numpy(slots.copy())
-        starts = query_start[rows]
-        counts = query_start[rows + 1] - starts
         return HeadBatch(
-            sequences=_sequences(tuple(rows), tuple(starts), tuple(counts), heads=tables.num_heads),
+            sequences=Sequences.of(rows, query_start, tables.num_heads),
             seq_lens=(tables.kept[:, chosen] + tails[:, None]).flatten(1),
+            longest=int(ends.max()),
             _tables=tables,
             _slots=chosen,
         )
@@ -90,4 +110,5 @@ def _sequences(
         tokens=torch.from_numpy(np.concatenate(tokens)),
         lanes=torch.from_numpy(np.concatenate(lanes)),
         query_start_loc=torch.from_numpy(np.concatenate([[0], ends]).astype(np.int32)),
+        most_queries=int(max(counts)),
     )

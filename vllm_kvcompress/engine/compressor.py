@@ -20,8 +20,10 @@ from vllm_kvcompress.config import EngineConfig
 from vllm_kvcompress.engine.batch import HeadBatch
 from vllm_kvcompress.engine.candidates import Candidates, SelectedCandidates
 from vllm_kvcompress.engine.windows import Capture, QueryWindow
+from vllm_kvcompress.paging.device_tables import DeviceTables
 from vllm_kvcompress.paging.pool import PagePool
 from vllm_kvcompress.paging.tables import PageTables
+from vllm_kvcompress.policy.interfaces import Scorer
 from vllm_kvcompress.policy.observation import Observation
 from vllm_kvcompress.policy.policy import Policy
 from vllm_kvcompress.policy.propagators import select_positions
@@ -29,6 +31,8 @@ from vllm_kvcompress.policy.registry import build
 
 BlockIds = Callable[[str], list[int]]
 """Natural block ids of a request, as the model runner knows them."""
+
+Tables = PageTables | DeviceTables
 
 Span = tuple[int, int]
 """A step's part of a request: its first token and how many."""
@@ -48,13 +52,13 @@ class _Request:
 class _Due:
     """A request whose prompt is complete, or whose next compression point is reached.
 
-    arena_blocks: int64 `[K]`; None where the deep layers hold less than the others and nothing
+    arena_blocks: K ids; None where the deep layers hold less than the others and nothing
         is evicted.
     """
 
     request_id: str
     point: int
-    arena_blocks: Tensor | None
+    arena_blocks: list[int] | None
 
 
 class Compressor:
@@ -74,7 +78,7 @@ class Compressor:
         mean_over_ranks: Callable[[Tensor], Tensor] = lambda own: own,
     ) -> None:
         self.pool = pool
-        self.tables = PageTables(pool)
+        self.tables = self._new_tables()
         self.seconds: list[float] = []
         self._config = config
         self._scale = scale
@@ -85,6 +89,9 @@ class Compressor:
         self._passing: dict[str, Span] = {}  # of windows
         self.propagating: dict[str, Span] = {}  # of prompts with token-selective propagation
         self._in_step = False
+
+    def _new_tables(self) -> Tables:
+        return PageTables(self.pool)
 
     # Before the runner sees the step
 
@@ -165,7 +172,7 @@ class Compressor:
             self._due.append(_Due(request_id, point, None))
             return blocks
         arena = request.plan.arena_blocks
-        self._due.append(_Due(request_id, point, torch.tensor(blocks[-arena:])))
+        self._due.append(_Due(request_id, point, blocks[-arena:]))
         return blocks[:-arena]
 
     # Token-selective propagation, while the step's forward pass runs
@@ -191,8 +198,9 @@ class Compressor:
         propagator, window = self._policy(request.settings).propagator, request.window
         assert selected is not None and propagator is not None and window is not None
         layer = self.tsp_layer(request_id)
-        blocks = torch.tensor(natural[: accounting.ceil_div(n, pool.page_tokens)])
-        everything = Candidates(pool.page_ids(blocks), torch.arange(n), None)
+        blocks = pool.ids(natural[: accounting.ceil_div(n, pool.page_tokens)])
+        positions = torch.arange(n, device=pool.device)
+        everything = Candidates(pool.page_ids(blocks), positions, None)
         obs = self._observe(
             everything.of_layer(layer), layer, window, keys=True, values=propagator.needs_values
         )
@@ -230,19 +238,9 @@ class Compressor:
             The compressed requests as a batch of heads, None when there are none; and the
             queries to keep aside. Outside a step (a dummy run) there is neither.
         """
-        captures: list[Capture] = []
-        if not self._in_step:
-            return None, captures
-        if self._passing:
-            for row, request_id in enumerate(request_ids):
-                if span := self._passing.get(request_id):
-                    window = self._requests[request_id].window
-                    capture = window.capture(*span, int(query_start[row])) if window else None
-                    captures += [capture] if capture else []
-        if not len(self.tables):
-            return None, captures
-        found = enumerate(map(self.tables.slot, request_ids))
-        slots = [(row, slot) for row, slot in found if slot is not None]
+        assert isinstance(self.tables, PageTables)
+        captures = self.captures(request_ids, query_start)
+        slots = self.rows(request_ids)
         if not slots:
             return None, captures
         slots.sort(key=lambda pair: pair[1])
@@ -250,6 +248,30 @@ class Compressor:
         natural = [block_ids(request_ids[row]) for row in rows]
         ends = seq_lens[rows].astype(np.int64)
         return HeadBatch.build(self.tables, slots, query_start, ends, natural), captures
+
+    def captures(self, request_ids: Sequence[str], query_start: np.ndarray) -> list[Capture]:
+        """The queries of the step's batch to keep aside; none outside a step."""
+        captures: list[Capture] = []
+        if not self._in_step or not self._passing:
+            return captures
+        for row, request_id in enumerate(request_ids):
+            if span := self._passing.get(request_id):
+                window = self._requests[request_id].window
+                capture = window.capture(*span, int(query_start[row])) if window else None
+                captures += [capture] if capture else []
+        return captures
+
+    def rows(self, request_ids: Sequence[str]) -> list[tuple[int, int]]:
+        """(row, slot in `tables`) of the batch's compressed requests; none outside a step."""
+        if not self._in_step or not len(self.tables):
+            return []
+        found = enumerate(map(self.tables.slot, request_ids))
+        return [(row, slot) for row, slot in found if slot is not None]
+
+    @property
+    def keeps_queries(self) -> bool:
+        """Whether this step's queries must be kept aside, which no captured graph does."""
+        return bool(self._passing)
 
     # After the forward pass
 
@@ -268,7 +290,7 @@ class Compressor:
     def _hold(self, due: _Due, natural: list[int]) -> None:
         """Let attention read what each layer holds of a prompt, in the pages where it is."""
         request, pool = self._requests[due.request_id], self.pool
-        assert request.selected is not None
+        assert request.selected is not None and isinstance(self.tables, PageTables)
         full = due.point // pool.page_tokens
         pages = pool.page_ids(torch.tensor(natural[:full]))
         counts = torch.full(pages.shape[:2], full)
@@ -277,7 +299,7 @@ class Compressor:
         self.tables.put(due.request_id, counts, pages[held], full * pool.page_tokens)
         request.window = request.selected = None
 
-    def _compress(self, due: _Due, arena_blocks: Tensor, natural: list[int]) -> None:
+    def _compress(self, due: _Due, arena: list[int], natural: list[int]) -> None:
         request = self._requests[due.request_id]
         settings, pool = request.settings, self.pool
         full_tokens = request.plan.tail_start_block(due.point) * pool.page_tokens
@@ -287,21 +309,30 @@ class Compressor:
         if candidates.valid is None:
             scores = scores[..., :full_tokens]
         sinks, recent = accounting.protected_tokens(due.point, pool.page_tokens, settings)
-        total_pages = len(arena_blocks) * pool.pages_per_block
+        total_pages = len(arena) * pool.pages_per_block
         kept = policy.keep(scores, total_pages, pool.page_tokens, sinks, recent, candidates.valid)
-        lanes, tokens = kept.indices // scores.shape[-1], kept.indices % scores.shape[-1]
-        pages = candidates.pages.flatten(0, 1)[lanes, tokens // pool.page_tokens]
-        targets = pool.block_pages(arena_blocks)
-        pool.copy_tokens(pages * pool.page_tokens + tokens % pool.page_tokens, targets)
+        arena_blocks = pool.ids(arena)
+        self._copy(candidates.pages, scores.shape[-1], kept.indices, arena_blocks)
         if request.plan.slack_blocks is not None:
             where = candidates.positions
-            request.positions = where[tokens] if where.dim() == 1 else where.flatten()[kept.indices]
-        self.tables.put(due.request_id, kept.pages, targets, full_tokens)
+            shared = where.dim() == 1
+            request.positions = (
+                where[kept.indices % scores.shape[-1]] if shared else where.flatten()[kept.indices]
+            )
+        self.tables.enter(due.request_id, kept.pages, arena_blocks, full_tokens)
         request.window = request.selected = None
+
+    def _copy(self, candidates: Tensor, tokens: int, kept: Tensor, arena_blocks: Tensor) -> None:
+        """Copy kept tokens, int64 indices into `[L, H, tokens]`, into the arena."""
+        pool = self.pool
+        lane, token = kept // tokens, kept % tokens
+        pages = candidates.flatten(0, 1)[lane, token // pool.page_tokens]
+        sources = pages * pool.page_tokens + token % pool.page_tokens
+        pool.copy_tokens(sources, pool.block_pages(arena_blocks))
 
     def _candidates(self, due: _Due, request: _Request, natural: list[int]) -> Candidates:
         pool = self.pool
-        blocks = torch.tensor(natural[: accounting.ceil_div(due.point, pool.page_tokens)])
+        blocks = pool.ids(natural[: accounting.ceil_div(due.point, pool.page_tokens)])
         if request.selected is not None:
             layer = self.tsp_layer(due.request_id)
             pages = pool.page_ids(blocks)
@@ -309,16 +340,17 @@ class Compressor:
                 pages, pool.page_tokens, due.point, request.selected, layer
             )
         if self.tables.slot(due.request_id) is None:
-            return Candidates(pool.page_ids(blocks), torch.arange(due.point), None)
+            positions = torch.arange(due.point, device=pool.device)
+            return Candidates(pool.page_ids(blocks), positions, None)
         assert request.plan.slack_blocks is not None and request.positions is not None
         tail_blocks = request.plan.slack_blocks
         tail = pool.page_ids(blocks[-tail_blocks:])
         counts, arena = self.tables.arena(due.request_id)
         width = arena.shape[-1] + tail_blocks
-        pages = torch.zeros((*arena.shape[:2], width), dtype=torch.int64)
+        pages = arena.new_zeros((*arena.shape[:2], width))
         pages[..., : arena.shape[-1]] = arena
-        pages.scatter_(2, counts[..., None] + torch.arange(tail_blocks), tail)
-        column = torch.arange(width * pool.page_tokens)
+        pages.scatter_(2, counts[..., None] + torch.arange(tail_blocks, device=pool.device), tail)
+        column = torch.arange(width * pool.page_tokens, device=pool.device)
         kept_tokens = counts[..., None] * pool.page_tokens
         tail_tokens = tail_blocks * pool.page_tokens
         positions = due.point - tail_tokens + column - kept_tokens
@@ -328,17 +360,24 @@ class Compressor:
     def _score(self, policy: Policy, request: _Request, candidates: Candidates) -> Tensor:
         """f32 `[L, H, n]` of all candidates."""
         pool, scorer = self.pool, policy.scorer
-        scores = torch.zeros(pool.num_layers, pool.num_heads, candidates.tokens)
+        shape = (pool.num_layers, pool.num_heads, candidates.tokens)
+        scores = torch.zeros(shape, device=pool.device)
         leaders_first = sorted(range(pool.num_layers), key=lambda l: policy.leader(l) != l)
         for layer in leaders_first:
             if (leader := policy.leader(layer)) != layer:
                 scores[layer] = candidates.passed_on(scores[leader], leader, layer)
                 continue
             own = candidates.of_layer(layer)
-            obs = self._observe(own, layer, request.window, scorer.needs_keys, scorer.needs_values)
-            found = scorer.score(obs, layer)[:, : candidates.tokens]
+            found = self._score_layer(scorer, own, layer, request.window)[:, : candidates.tokens]
             scores[layer, :, : found.shape[-1]] = found
         return self._mean_over_ranks(scores) if scorer.shared_by_heads else scores
+
+    def _score_layer(
+        self, scorer: Scorer, candidates: Candidates, layer: int, window: QueryWindow | None
+    ) -> Tensor:
+        """f32 `[H, n]` of one layer's candidates."""
+        obs = self._observe(candidates, layer, window, scorer.needs_keys, scorer.needs_values)
+        return scorer.score(obs, layer)
 
     def _observe(
         self,
@@ -351,11 +390,11 @@ class Compressor:
         """One layer of a request as scorers see it; what they do not need is left empty."""
         pool = self.pool
         heads, tokens = pool.num_heads, candidates.positions.shape[-1]
-        nothing = torch.empty(heads, tokens, 0)
-        none_asked = torch.empty(0, heads, 1, pool.head_size)
+        nothing = torch.empty(heads, tokens, 0, device=pool.device)
+        none_asked = torch.empty(0, heads, 1, pool.head_size, device=pool.device)
         return Observation(
             queries=window.layer(layer, heads) if window else none_asked,
-            query_positions=window.positions() if window else torch.empty(0),
+            query_positions=window.positions() if window else torch.empty(0, device=pool.device),
             keys=pool.keys(candidates.pages)[:, :tokens] if keys else nothing,
             values=pool.values(candidates.pages)[:, :tokens] if values else nothing,
             positions=candidates.positions,

@@ -10,7 +10,6 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 from vllm import _custom_ops as ops
-from vllm import envs
 from vllm.v1.attention.backend import AttentionLayer, CommonAttentionMetadata
 from vllm.v1.attention.backends.cpu_attn import (
     CPUAttentionBackend,
@@ -22,6 +21,8 @@ from vllm.v1.attention.backends.registry import AttentionBackendEnum
 from vllm.v1.kv_cache_interface import AttentionSpec, KVCacheLayout
 from vllm.v1.worker.cpu_worker import CPUWorker
 
+from vllm_kvcompress.engine.attention.cpu import CPUEngine
+from vllm_kvcompress.engine.attention.interface import HeadCall
 from vllm_kvcompress.engine.batch import HeadBatch
 from vllm_kvcompress.engine.windows import Capture
 from vllm_kvcompress.engine.worker import PerHeadWorker, StepView
@@ -118,40 +119,20 @@ class PerHeadAttentionImpl(CPUAttentionBackendImpl):
         per_head, where = (self.num_kv_heads, group), heads.sequences
         queries = query.unflatten(1, per_head)[where.tokens, where.lanes]
         attended = torch.empty_like(queries)
-        seq_lens = heads.seq_lens[self.pool_layer]
-        keys, values = self.pool.cache.view(-1, 1, 2 * self.pool.page_tokens, size).chunk(2, dim=2)
-        isa = layer.isa  # type: ignore[attr-defined]
-        schedule = ops.cpu_attn_get_scheduler_metadata(
-            num_reqs=len(seq_lens),
-            num_heads=group,
-            num_kv_heads=1,
-            head_dim=size,
-            seq_lens=seq_lens,
-            dtype=query.dtype,
+        halves = self.pool.cache.view(-1, 1, 2 * self.pool.page_tokens, size).chunk(2, dim=2)
+        call = HeadCall(
+            queries,
+            *halves,
+            tables=heads.block_table(self.pool_layer),
+            lengths=heads.seq_lens[self.pool_layer],
             query_start_loc=where.query_start_loc,
-            causal=True,
-            sliding_window_size=-1,
-            isa=isa,
-            enable_kv_split=envs.VLLM_CPU_ATTN_SPLIT_KV,
-            kv_cache_dtype=self.kv_cache_dtype,
-        )
-        ops.cpu_attention_with_kv_cache(
-            query=queries,
-            key_cache=keys,
-            value_cache=values,
-            output=attended,
-            query_start_loc=where.query_start_loc,
-            seq_lens=seq_lens,
+            most_queries=where.most_queries,
+            longest=heads.longest,
             scale=self.scale,
-            causal=True,
-            alibi_slopes=None,
-            sliding_window=-1,
-            block_table=heads.block_table(self.pool_layer),
             softcap=self.logits_soft_cap,
-            scheduler_metadata=schedule,
-            s_aux=None,
-            kv_cache_dtype=self.kv_cache_dtype,
+            out=attended,
         )
+        CPUEngine(layer.isa, self.kv_cache_dtype).attend(call)  # type: ignore[attr-defined]
         output.unflatten(1, per_head)[where.tokens, where.lanes] = attended
 
 

@@ -25,11 +25,13 @@ def with_tsp_capacity(config: EngineConfig, vllm_config: VllmConfig) -> EngineCo
     tokens = config.tsp_max_inflight_tokens
     asking = sorted(name for name, preset in config.asked_presets().items() if preset.propagates)
     obstacle = _obstacle(vllm_config)
+    if config.attention_engine not in ("auto", "cpu"):
+        obstacle = f"attention_engine={config.attention_engine}"
     if obstacle and (asking or tokens):
         who = f"preset {asking[0]!r}" if asking else f"tsp_max_inflight_tokens={tokens}"
         raise StartupError(
             f"token-selective propagation ({who}) does not work with {obstacle} yet; it does with "
-            f"{', '.join(ARCHITECTURES)}: leave it out"
+            f"{', '.join(ARCHITECTURES)} and attention_engine=cpu: leave it out"
         )
     if asking and tokens == 0:
         raise StartupError(

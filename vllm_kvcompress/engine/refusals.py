@@ -38,11 +38,6 @@ BEFORE: Sequence[Row] = (
         "compression brings its own scheduler: drop --scheduler-cls",
     ),
     Row(
-        "the V2 model runner (VLLM_USE_V2_MODEL_RUNNER=1)",
-        lambda args: os.environ.get("VLLM_USE_V2_MODEL_RUNNER") == "1",
-        "unset VLLM_USE_V2_MODEL_RUNNER",
-    ),
-    Row(
         "the Rust frontend (VLLM_USE_RUST_FRONTEND=1)",
         lambda args: os.environ.get("VLLM_USE_RUST_FRONTEND", "0") not in ("", "0"),
         "requests are checked in the Python one: unset VLLM_USE_RUST_FRONTEND",
@@ -160,12 +155,44 @@ def refuse_version(version: str) -> None:
         )
 
 
+# Asked with the `EngineArgs` where the engine is `cpu`.
+WITH_CPU_ENGINE: Sequence[Row] = (
+    Row(
+        "the V2 model runner (VLLM_USE_V2_MODEL_RUNNER=1)",
+        lambda args: os.environ.get("VLLM_USE_V2_MODEL_RUNNER") == "1",
+        "unset VLLM_USE_V2_MODEL_RUNNER",
+    ),
+)
+
+# Asked with the `VllmConfig` where the engine is not `cpu`.
+ON_DEVICE: Sequence[Row] = (
+    Row(
+        "CacheGen on {} attention engines",
+        lambda config: (
+            config.kv_transfer_config is not None
+            and config.additional_config["kv_compress"]["attention_engine"]
+        ),
+        "its pages are packed for the CPU's kernel: drop --kv-transfer-config",
+    ),
+    Row(
+        "data parallelism ({} ranks) outside CPUs",
+        lambda config: _many(config.parallel_config.data_parallel_size),
+        "drop --data-parallel-size",
+    ),
+    Row(
+        "microbatches",
+        lambda config: config.parallel_config.use_ubatching,
+        "drop --enable-dbo and --ubatch-size",
+    ),
+)
+
+
 def refuse_platform(platform: Any) -> None:
-    """Raise `StartupError` on a device whose attention is not built yet."""
-    if not platform.is_cpu():
+    """Raise `StartupError` on a platform that nothing is built for."""
+    if not (platform.is_cpu() or platform.is_cuda()):
         raise StartupError(
-            f"kv-compress runs on CPUs; {platform.device_name.upper()} support is not built yet: "
-            "use a CPU build of vLLM, or leave compression out"
+            f"kv-compress runs on CPUs and, untried, on CUDA GPUs; "
+            f"{platform.device_name.upper()} support is not built: leave compression out"
         )
 
 

@@ -12,12 +12,16 @@ import vllm
 from vllm.config import VllmConfig
 from vllm.logger import init_logger
 from vllm.platforms import current_platform
+from vllm.v1.attention.backends.registry import AttentionBackendEnum
 
 from vllm_kvcompress.config import EngineConfig, StartupError, parse_engine_config
+from vllm_kvcompress.engine.attention import choose
 from vllm_kvcompress.engine.propagation_limits import with_tsp_capacity
 from vllm_kvcompress.engine.refusals import (
     AFTER,
     BEFORE,
+    ON_DEVICE,
+    WITH_CPU_ENGINE,
     refuse,
     refuse_platform,
     refuse_version,
@@ -28,6 +32,7 @@ from vllm_kvcompress.policy.task_models import SequenceClassifier, task_classifi
 CPU_BLOCK_TOKENS = 32
 SLOW_CLASSIFIER_S = 0.05  # other requests wait meanwhile
 CPU_WORKER = "vllm_kvcompress.engine.cpu.KVCompressCPUWorker"
+DEVICE_WORKER = "vllm_kvcompress.engine.device_worker.KVCompressDeviceWorker"
 SCHEDULER = "vllm_kvcompress.engine.scheduler.KVCompressScheduler"
 ASYNC_SCHEDULER = "vllm_kvcompress.engine.scheduler.KVCompressAsyncScheduler"
 
@@ -47,17 +52,23 @@ def configured(
     refuse_platform(current_platform)
     refuse(BEFORE, engine_args)
     config = _checked(engine_args.additional_config["kv_compress"])
+    config = with_engine(config, engine_args, current_platform)
     engine_args.additional_config = {
         **engine_args.additional_config,
         "kv_compress": config.to_dict(),
     }
-    os.environ["VLLM_USE_V2_MODEL_RUNNER"] = "0"
-    engine_args.worker_cls = CPU_WORKER
+    on_device = config.attention_engine != "cpu"
+    if not on_device:
+        refuse(WITH_CPU_ENGINE, engine_args)
+    os.environ.setdefault("VLLM_USE_V2_MODEL_RUNNER", "0")
+    engine_args.worker_cls = DEVICE_WORKER if on_device else CPU_WORKER
     if engine_args.block_size is None and current_platform.is_cpu():
         engine_args.block_size = CPU_BLOCK_TOKENS
     vllm_config = original(engine_args, *args, **kwargs)
     engine_args.worker_cls = "auto"
     refuse(AFTER, vllm_config)
+    if on_device:
+        refuse(ON_DEVICE, vllm_config)
     _check_for_model(config, vllm_config)
     config = with_tsp_capacity(config, vllm_config)
     vllm_config.additional_config["kv_compress"] = config.to_dict()
@@ -66,6 +77,36 @@ def configured(
         ASYNC_SCHEDULER if scheduler_config.async_scheduling else SCHEDULER
     )
     return vllm_config
+
+
+def with_engine(config: EngineConfig, engine_args: Any, platform: Any) -> EngineConfig:
+    """`config` with the name of an attention engine that runs here in the place of `auto`.
+
+    On a GPU the attention of everything else is set to a backend the engine works beside.
+
+    Raises:
+        StartupError: the engine, or the backend asked for, cannot be used.
+    """
+    try:
+        engine = choose(config.attention_engine, platform, dtype=str(engine_args.dtype))
+    except ValueError as error:
+        raise StartupError(str(error)) from None
+    if not platform.is_cpu():
+        asked = engine_args.attention_backend or engine_args.attention_config.backend
+        name = getattr(asked, "name", asked) or engine.beside[0]
+        if name not in engine.beside:
+            raise StartupError(
+                f"attention_engine={engine.name} works beside {' or '.join(engine.beside)}, not "
+                f"{name}: drop --attention-backend, or choose another attention_engine"
+            )
+        if engine_args.attention_config.backend is None:
+            engine_args.attention_backend = AttentionBackendEnum[name]
+        logger.warning(
+            "kv-compress with attention_engine=%s has never run on a GPU: compare its answers "
+            "before you rely on them (docs/gpu.md)",
+            engine.name,
+        )
+    return config.model_copy(update={"attention_engine": engine.name})
 
 
 def _checked(raw: Any) -> EngineConfig:

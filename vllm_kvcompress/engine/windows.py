@@ -54,4 +54,5 @@ class QueryWindow:
         return queries.unflatten(1, (num_kv_heads, -1))
 
     def positions(self) -> Tensor:
-        return torch.arange(self.start, self.end)
+        assert self._buffer is not None, "the window's queries were never computed"
+        return torch.arange(self.start, self.end, device=self._buffer.device)

@@ -1,12 +1,11 @@
 """The worker, for any platform: build the pool, show the compressor each step, time it.
 
 Extends vLLM's `Worker` by cooperative inheritance; a platform adds its attention backend
-(`engine/cpu.py`). The model runner (V1) is read, never changed: its rows and its block ids.
+(`engine/cpu.py`). The model runner is read, never changed (`engine/runners.py`).
 """
 
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import replace
 from typing import Any, ClassVar
 
 import torch
@@ -22,14 +21,13 @@ from vllm.v1.attention.backend import AttentionBackend, AttentionLayer, CommonAt
 from vllm.v1.attention.backends.registry import register_backend
 from vllm.v1.core.sched.output import SchedulerOutput
 from vllm.v1.kv_cache_interface import KVCacheConfig
-from vllm.v1.outputs import KVConnectorOutput
 
 from vllm_kvcompress.config import EngineConfig, parse_engine_config
 from vllm_kvcompress.engine.batch import HeadBatch
 from vllm_kvcompress.engine.compressor import Compressor
 from vllm_kvcompress.engine.propagation import Propagation
+from vllm_kvcompress.engine.runners import Runner, runner_of
 from vllm_kvcompress.engine.stash import Stash
-from vllm_kvcompress.engine.stats import WorkerStats
 from vllm_kvcompress.engine.windows import Capture
 from vllm_kvcompress.paging.pool import PageFormat, PagePool
 
@@ -39,14 +37,15 @@ class StepView:
 
     common: CommonAttentionMetadata  # of the step's whole batch
 
-    def __init__(self, compressor: Compressor, runner: Any) -> None:
-        self._compressor = compressor
+    def __init__(self, compressor: Compressor, runner: Runner, attn_groups: Any) -> None:
+        self.compressor = compressor
         self._runner = runner
+        self._attn_groups = attn_groups
         self._part: Sequence[str] | None = None  # while metadata for part of a batch is built
 
     def block_ids(self, request_id: str) -> list[int]:
         """Natural block ids of a request, arena excluded."""
-        return self._runner.requests[request_id].block_ids[0]
+        return self._runner.block_ids(request_id)
 
     def lay_out(self, common: CommonAttentionMetadata) -> tuple[HeadBatch | None, list[Capture]]:
         """See `Compressor.lay_out`. Dummy runs have no requests and are laid out as plain."""
@@ -55,13 +54,13 @@ class StepView:
         request_ids = self.request_ids(common)
         query_start = common.query_start_loc_cpu.numpy()
         seq_lens = common.seq_lens_cpu_upper_bound.numpy()
-        return self._compressor.lay_out(request_ids, query_start, seq_lens, self.block_ids)
+        return self.compressor.lay_out(request_ids, query_start, seq_lens, self.block_ids)
 
     def request_ids(self, common: CommonAttentionMetadata) -> Sequence[str]:
         """The batch's requests, row by row."""
         if self._part is not None:
             return self._part
-        return self._runner.input_batch.req_ids[: common.num_reqs]
+        return self._runner.request_ids(common.num_reqs)
 
     def build(
         self,
@@ -97,7 +96,7 @@ class StepView:
         )
         self._part = request_ids
         try:
-            return self._runner.attn_groups[0][0].metadata_builders[0].build(0, part)
+            return self._attn_groups[0][0].metadata_builders[0].build(0, part)
         finally:
             self._part = None
 
@@ -114,6 +113,24 @@ class PerHeadWorker:
         """How this platform's kernels pack a page."""
         raise NotImplementedError
 
+    def make_compressor(self, config: EngineConfig, pool: PagePool, scale: float) -> Compressor:
+        """The compressor of this worker's pages."""
+        return Compressor(config, pool, scale, mean_over_ranks)
+
+    def bind(self, impl: Any, pool: PagePool, pool_layer: int) -> None:
+        """Tell a layer's attention where its pages are."""
+        impl.bind(pool, pool_layer)
+
+    def attach(self, builder: Any) -> None:
+        """Tell a metadata builder whom to ask."""
+        builder.step_view = self._view
+
+    def reserved_bytes(self, config: EngineConfig) -> int:
+        """Memory to keep from the cache: the stash of token-selective propagation."""
+        if not config.tsp_max_inflight_tokens:
+            return 0
+        return Stash.bytes_of(*self._stash_shape(config))
+
     def load_model(self, **kwargs: Any) -> None:
         with _backend_in_place_of(self.replaced_backend, self.backend):
             super().load_model(**kwargs)  # type: ignore[misc]
@@ -127,14 +144,15 @@ class PerHeadWorker:
         first = next(iter(layers.values()))
         pool = PagePool(caches, self.page_format(first, caches[0]))
         config = parse_engine_config(vllm_config.additional_config["kv_compress"])
-        self.compressor = Compressor(config, pool, first.impl.scale, _mean_over_ranks)
-        self._view = StepView(self.compressor, runner)
+        self.compressor = self.make_compressor(config, pool, first.impl.scale)
+        self._runner = runner_of(runner)
+        self._view = StepView(self.compressor, self._runner, runner.attn_groups)
         for layer in layers.values():
-            layer.impl.bind(pool, pool.layer_of(layer.kv_cache))
+            self.bind(layer.impl, pool, pool.layer_of(layer.kv_cache))
         for groups in runner.attn_groups:
             for attention_group in groups:
                 for builder in attention_group.metadata_builders:
-                    builder.step_view = self._view
+                    self.attach(builder)
 
         if config.tsp_max_inflight_tokens:
             self.propagation = Propagation(
@@ -146,7 +164,7 @@ class PerHeadWorker:
             )
 
     def determine_available_memory(self) -> int:
-        """vLLM's answer less the stash of token-selective propagation.
+        """vLLM's answer less what compression takes for itself.
 
         Raises:
             ValueError: nothing is left.
@@ -154,15 +172,14 @@ class PerHeadWorker:
         available = super().determine_available_memory()  # type: ignore[misc]
         vllm_config = self.vllm_config  # type: ignore[attr-defined]
         config = parse_engine_config(vllm_config.additional_config["kv_compress"])
-        if not config.tsp_max_inflight_tokens:
-            return available
-        stash = Stash.bytes_of(*self._stash_shape(config))
-        if stash >= available:
+        reserved = self.reserved_bytes(config)
+        if reserved >= available:
             raise ValueError(
-                f"tsp_max_inflight_tokens={config.tsp_max_inflight_tokens} take {stash} bytes of "
-                f"the {available} for the KV cache: give a smaller number, or 0 for no TSP"
+                f"kv-compress takes {reserved} bytes of the {available} for the KV cache, with "
+                f"tsp_max_inflight_tokens={config.tsp_max_inflight_tokens}: give a smaller "
+                "number, or 0 for no TSP"
             )
-        return available - stash
+        return available - reserved
 
     def _stash_shape(self, config: EngineConfig) -> tuple[int, int, torch.dtype]:
         assert config.tsp_max_inflight_tokens is not None
@@ -175,23 +192,21 @@ class PerHeadWorker:
         compressor, propagation = self.compressor, self.propagation
         assert compressor is not None
         compressor.begin_step(scheduler_output)
+        self._runner.begin_step(scheduler_output)
         selecting: AbstractContextManager[None] = nullcontext()
         if propagation is not None:
             propagation.begin_step(scheduler_output)
             selecting = propagation.around_step(self.model_runner)  # type: ignore[attr-defined]
-        with selecting:
+        graphs: AbstractContextManager[None] = nullcontext()
+        if compressor.keeps_queries:
+            graphs = self._runner.without_full_graphs()
+        with selecting, graphs:
             output = super().execute_model(scheduler_output)  # type: ignore[misc]
         compressor.finish_step(self._view.block_ids)
         if compressor.seconds:
-            self._send_seconds(compressor)
+            self._runner.send_seconds(compressor.seconds)
+            compressor.seconds = []
         return output
-
-    def _send_seconds(self, compressor: Compressor) -> None:
-        runner = self.model_runner  # type: ignore[attr-defined]
-        output = runner.kv_connector_output or KVConnectorOutput()
-        stats = WorkerStats({"seconds": compressor.seconds}, output.kv_connector_stats)
-        runner.kv_connector_output = replace(output, kv_connector_stats=stats)
-        compressor.seconds = []
 
     def check_kv_compress_integrity(self) -> None:
         """For `collective_rpc`: raise where the worker's page tables do not add up."""
@@ -199,7 +214,7 @@ class PerHeadWorker:
         self.compressor.check_integrity()
 
 
-def _mean_over_ranks(own: Tensor) -> Tensor:
+def mean_over_ranks(own: Tensor) -> Tensor:
     """The mean of the tensor-parallel ranks' tensors, to the bit the same on every rank."""
     ranks = get_tensor_model_parallel_world_size()
     if ranks == 1:

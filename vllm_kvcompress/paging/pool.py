@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from vllm.utils.torch_utils import async_tensor_h2d
 
 # Most elements gathered at once while copying: bounds the scratch memory of a compaction.
 COPY_ELEMENTS = 1 << 24
@@ -27,6 +28,13 @@ class PageFormat:
 
     keys: Tensor
     values: Tensor
+
+    @staticmethod
+    def by_token(page_tokens: int, head_size: int) -> "PageFormat":
+        """A token's value right behind its key, token by token: what GPU kernels read."""
+        elements = torch.arange(2 * page_tokens * head_size)
+        keys, values = elements.view(page_tokens, 2, head_size).unbind(1)
+        return PageFormat(keys, values)
 
     @staticmethod
     def probe(
@@ -87,9 +95,14 @@ class PagePool:
         self._flat = first.as_strided(
             (blocks * self.pages_per_block, page_elements), (page_elements, 1), self._base
         )
+        self.device = first.device
         self.cache = self._flat.view(-1, 1, tokens, content)  # as the kernels see it
         self._keys = _PageHalf(self._flat, page_format.keys)
         self._values = _PageHalf(self._flat, page_format.values)
+
+    def ids(self, block_ids: list[int]) -> Tensor:
+        """int64 `[len(block_ids)]` where the pool is, without waiting for the device."""
+        return async_tensor_h2d(block_ids, device=self.device, dtype=torch.int64)
 
     def layer_of(self, layer_cache: Tensor) -> int:
         """The layer's place in the pool, taken from where its cache begins."""
@@ -98,14 +111,14 @@ class PagePool:
 
     def page_ids(self, block_ids: Tensor) -> Tensor:
         """Natural pages of blocks `[...]` as int64 `[L, H, ...]`."""
-        lane = torch.arange(self.pages_per_block).view(
+        lane = torch.arange(self.pages_per_block, device=self.device).view(
             self.num_layers, self.num_heads, *[1] * block_ids.dim()
         )
         return block_ids * self.pages_per_block + lane
 
     def block_pages(self, block_ids: Tensor) -> Tensor:
         """All pages of blocks `[K]`, block by block: int64 `[K*L*H]`."""
-        lane = torch.arange(self.pages_per_block)
+        lane = torch.arange(self.pages_per_block, device=self.device)
         return (block_ids[:, None] * self.pages_per_block + lane).flatten()
 
     def keys(self, pages: Tensor) -> Tensor:
@@ -137,19 +150,20 @@ class _PageHalf:
 
     def __init__(self, flat: Tensor, where: Tensor) -> None:
         self._flat = flat  # [pages, 2*B*D]
-        self._where = where  # [B, D]
         tokens, head_size = where.shape
-        ordinal = torch.arange(tokens * head_size)
         start = int(where.min())
-        by_token = torch.equal(where.flatten() - start, ordinal)
-        by_lane = torch.equal(where.T.flatten() - start, ordinal)
-        self._lane_major = by_lane and not by_token
+        token_stride, lane_stride = (int(where[-1:, 0] - start), int(where[0, -1] - start))
+        token_stride //= max(1, tokens - 1)
+        lane_stride //= max(1, head_size - 1)
+        regular = torch.arange(tokens)[:, None] * token_stride
+        regular = start + regular + torch.arange(head_size) * lane_stride
+        self._lane_major = lane_stride > token_stride
         self._view: Tensor | None = None  # [pages, B, D], where the packing allows one
-        if by_token or by_lane:
-            half = flat[:, start : start + tokens * head_size]
-            shape = (tokens, head_size) if by_token else (head_size, tokens)
-            view = half.unflatten(1, shape)
-            self._view = view if by_token else view.transpose(1, 2)
+        if torch.equal(where, regular):
+            strides = (flat.stride(0), token_stride, lane_stride)
+            begin = flat.storage_offset() + start
+            self._view = flat.as_strided((len(flat), tokens, head_size), strides, begin)
+        self._where = where.to(flat.device)
 
     def read(self, pages: Tensor) -> Tensor:
         """`[H, P]` pages -> `[H, P*B, D]`, in memory as it came cheapest."""

@@ -73,6 +73,10 @@ class PageTables:
         self._tail_blocks[slot] = 0
         return slot
 
+    def enter(self, request_id: str, pages: Tensor, arena_blocks: Tensor, tail_start: int) -> None:
+        """`put` with the arena named by its blocks, int64 `[K]`."""
+        self.put(request_id, pages, self._pool.block_pages(arena_blocks), tail_start)
+
     def remove(self, request_id: str) -> None:
         """Forget a request; the last slot moves into the hole."""
         hole = self._slots.pop(request_id, None)

@@ -15,7 +15,12 @@ from argparse import ArgumentParser, ArgumentTypeError, Namespace
 from collections.abc import Mapping
 from typing import Any, NoReturn
 
-from vllm_kvcompress.config import parse_engine_config, uses_store, wants_compression
+from vllm_kvcompress.config import (
+    ATTENTION_ENGINES,
+    parse_engine_config,
+    uses_store,
+    wants_compression,
+)
 from vllm_kvcompress.presets import (
     CACHEGEN,
     DEFAULT_PRESET,
@@ -54,7 +59,9 @@ def add_flags(parser: ArgumentParser) -> None:
         type=json_mapping,
         metavar="JSON",
         help="Overrides for the preset of `--kv-compress`, for instance "
-        """'{"rate": 4, "window_tokens": 32}'.""",
+        """'{"rate": 4, "window_tokens": 32}'. `attention_engine` says whose kernel reads """
+        "compressed requests; `auto` takes the first that runs here of "
+        f"{', '.join(ATTENTION_ENGINES)}.",
     )
     group.add_argument(
         "--kv-compress-store",

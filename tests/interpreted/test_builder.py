@@ -1,0 +1,214 @@
+"""What a step's metadata promises CUDA graphs: fixed addresses, and nobody waits for the device."""
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+from kernels.caches import noise
+from torch.utils._python_dispatch import TorchDispatchMode
+from vllm.config import CUDAGraphMode
+from vllm.v1.attention.backend import AttentionCGSupport, CommonAttentionMetadata
+
+from vllm_kvcompress.config import EngineConfig
+from vllm_kvcompress.engine.attention.triton import TritonEngine
+from vllm_kvcompress.engine.device import HeadPathBuilder
+from vllm_kvcompress.engine.device_batch import Scratch
+from vllm_kvcompress.engine.device_compressor import DeviceCompressor
+from vllm_kvcompress.engine.runners import FirstRunner, SecondRunner, runner_of
+from vllm_kvcompress.engine.worker import StepView
+from vllm_kvcompress.kernels import attend_pages_reference, split_pages
+from vllm_kvcompress.paging.pool import PageFormat, PagePool
+
+LAYERS, HEADS, GROUP, SIZE, B, BLOCKS, WIDTH, ROWS = 2, 2, 2, 16, 16, 24, 6, 4
+aten = torch.ops.aten
+WAITS = {
+    aten._local_scalar_dense.default,
+    aten.nonzero.default,
+    aten.masked_select.default,
+    aten.equal.default,
+    aten.is_nonzero.default,
+    aten._unique2.default,
+}
+
+
+class NoWaiting(TorchDispatchMode):
+    """Fails on what would make the host wait for a GPU."""
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        assert function not in WAITS, f"{function} waits for the device"
+        return function(*args, **(kwargs or {}))
+
+
+class VllmBuilder:
+    """What vLLM's own builders do that matters here."""
+
+    def __init__(self, mode):
+        self.vllm_config = SimpleNamespace(compilation_config=SimpleNamespace(cudagraph_mode=mode))
+
+    @classmethod
+    def get_cudagraph_support(cls, vllm_config, kv_cache_spec):
+        return AttentionCGSupport.ALWAYS
+
+    def build(self, common_prefix_len, common, fast_build=False):
+        return SimpleNamespace(seq_lens=common.seq_lens)
+
+
+class Builder(HeadPathBuilder, VllmBuilder):
+    pass
+
+
+@pytest.fixture
+def batch():
+    """Rows a, b, c of a runner with persistent buffers; a and c are compressed on demand."""
+    cache = noise(BLOCKS, LAYERS, HEADS, B, 2 * SIZE)
+    pool = PagePool([cache[:, layer] for layer in range(LAYERS)], PageFormat.by_token(B, SIZE))
+    compressor = DeviceCompressor(EngineConfig(), pool, SIZE**-0.5, lambda own: own, ROWS, WIDTH)
+    compressor._in_step = True
+    runner = SimpleNamespace(
+        input_batch=SimpleNamespace(req_ids=["a", "b", "c"]), requests={}, attn_groups=[]
+    )
+    builder = Builder(CUDAGraphMode.FULL_DECODE_ONLY)
+    builder.step_view = StepView(compressor, runner_of(runner), [])
+    builder.scratch = Scratch(ROWS, HEADS, WIDTH, pool.device)
+    seq_lens = torch.zeros(ROWS, dtype=torch.int32)
+    table = torch.arange(ROWS * WIDTH, dtype=torch.int32).view(ROWS, WIDTH) % (BLOCKS - 2)
+    return SimpleNamespace(
+        pool=pool, compressor=compressor, builder=builder, seq_lens=seq_lens, table=table
+    )
+
+
+def common(batch, counts) -> CommonAttentionMetadata:
+    starts = torch.tensor([0, *counts]).cumsum(0).to(torch.int32)
+    rows = len(counts)
+    return CommonAttentionMetadata(
+        query_start_loc=starts,
+        query_start_loc_cpu=starts,
+        seq_lens=batch.seq_lens[:rows],
+        num_reqs=rows,
+        num_actual_tokens=sum(counts),
+        max_query_len=max(counts),
+        max_seq_len=WIDTH * B,
+        block_table_tensor=batch.table[:rows],
+        slot_mapping=torch.zeros(sum(counts), dtype=torch.int64),
+    )
+
+
+def compress(batch, request_id, block, tail_block) -> None:
+    pages = torch.tensor([[1, 2], [1, 0]])
+    arena = torch.tensor([block])
+    batch.compressor.tables.enter(request_id, pages, arena, tail_block * B)
+
+
+def attended(batch, heads, layer=0):
+    query = noise(ROWS, HEADS * GROUP, SIZE, seed=5)
+    output = torch.full_like(query, torch.nan)
+    impl = SimpleNamespace(scale=SIZE**-0.5, logits_soft_cap=0.0)
+    heads.attend(impl, TritonEngine(), batch.pool, layer, query, output)
+    return output
+
+
+def test_a_captured_step_follows_later_ones(batch):
+    batch.seq_lens[:] = 1
+    batch.builder.step_view._runner._runner.input_batch.req_ids = []  # a dummy run
+    captured = batch.builder.build(0, common(batch, [1] * ROWS)).kv_compress
+    assert captured.everything and captured.heads.slots.tolist() == [-1] * ROWS
+    batch.builder.step_view._runner._runner.input_batch.req_ids = ["a", "b", "c"]
+    compress(batch, "a", BLOCKS - 1, 3)
+    compress(batch, "c", BLOCKS - 2, 2)
+    batch.seq_lens[:] = torch.tensor([60, 50, 40, 0])
+    with NoWaiting():
+        step = batch.builder.build(0, common(batch, [1, 1, 1, 0])).kv_compress
+    for name in ("slots", "block_table", "seq_lens"):
+        now, then = getattr(step.heads, name), getattr(captured.heads, name)
+        assert now.data_ptr() == then.data_ptr() and now.shape == then.shape
+    slots = batch.compressor.tables.slot
+    assert step.heads.slots.tolist() == [slots("a"), -1, slots("c"), -1]
+    replayed = attended(batch, captured.heads)
+    torch.testing.assert_close(replayed, attended(batch, step.heads), rtol=0, atol=0)
+    assert replayed[3].eq(0).all(), "padding"
+    kept_and_tail = [[BLOCKS * 4 - 4, 4 * 3], [BLOCKS * 4 - 3, BLOCKS * 4 - 2, 4 * 3 + 1]]
+    for head, pages in enumerate(kept_and_tail):
+        want = attend_pages_reference(
+            noise(ROWS, HEADS * GROUP, SIZE, seed=5).view(ROWS, HEADS, GROUP, SIZE)[:1, head],
+            *split_pages(batch.pool.cache),
+            torch.tensor([pages], dtype=torch.int32),
+            torch.tensor([(len(pages) - 1) * B + 60 - 3 * B], dtype=torch.int32),
+            SIZE**-0.5,
+        )
+        got = replayed.view(ROWS, HEADS, GROUP, SIZE)[:1, head].double()
+        torch.testing.assert_close(got, want, rtol=0, atol=2e-5)
+
+
+def test_a_step_in_which_nothing_changed_copies_nothing(batch, monkeypatch):
+    compress(batch, "a", BLOCKS - 1, 3)
+    copies = []
+    original = "vllm_kvcompress.engine.device_batch.async_tensor_h2d"
+    monkeypatch.setattr(
+        original, lambda data, out: copies.append(out.copy_(torch.from_numpy(data)))
+    )
+    for _ in range(3):
+        batch.builder.build(0, common(batch, [1, 1, 1]))
+    assert len(copies) == 1
+    batch.compressor.tables.remove("a")
+    batch.builder.build(0, common(batch, [1, 1, 1]))
+    assert len(copies) == 2
+
+
+def test_a_mixed_step_stubs_compressed_rows_and_waits_for_nobody(batch):
+    compress(batch, "b", BLOCKS - 1, 2)
+    batch.seq_lens[:] = torch.tensor([20, 45, 30, 0])
+    with NoWaiting():
+        metadata = batch.builder.build(0, common(batch, [7, 2, 1]))
+    step = metadata.kv_compress
+    assert not step.everything and metadata.seq_lens.tolist() == [20, 2, 30]
+    assert step.heads.seq_lens.tolist() == [45] and step.heads.sequences.rows.tolist() == [1]
+    assert step.heads.sequences.tokens.tolist() == [7, 8, 7, 8]
+
+
+def test_without_graphs_an_untouched_decode_step_is_vllms(batch):
+    batch.builder.vllm_config.compilation_config.cudagraph_mode = CUDAGraphMode.NONE
+    step = batch.builder.build(0, common(batch, [1, 1, 1])).kv_compress
+    assert step.heads is None and not step.everything
+
+
+def test_graphs_are_promised_for_single_token_decodes_only():
+    support = Builder.get_cudagraph_support(None, None)
+    assert support is AttentionCGSupport.UNIFORM_SINGLE_TOKEN_DECODE
+
+
+def test_runners_are_told_apart_by_what_they_offer():
+    first = SimpleNamespace(input_batch=SimpleNamespace(req_ids=["x", "y"]), requests={})
+    assert isinstance(runner_of(first), FirstRunner)
+    state = SimpleNamespace(prepare_attn=lambda batch, mode: mode)
+    second = runner_of(SimpleNamespace(model_state=state, cudagraph_manager=None))
+    assert isinstance(second, SecondRunner)
+    assert state.prepare_attn(SimpleNamespace(req_ids=["p", "q"]), "mode") == "mode"
+    assert second.request_ids(1) == ["p"]
+    with pytest.raises(ValueError, match="VLLM_USE_V2_MODEL_RUNNER=0"):
+        runner_of(SimpleNamespace())
+
+
+def test_steps_that_keep_queries_aside_are_not_replayed():
+    class First:
+        def dispatch(self, num_tokens, invalid_modes=None):
+            return num_tokens, invalid_modes
+
+    class Second:
+        def dispatch(self, num_reqs, num_tokens, uniform, num_active_loras, max_query_len=None):
+            return num_reqs, num_tokens, uniform, num_active_loras, max_query_len
+
+    first, second = First(), Second()
+    with FirstRunner(SimpleNamespace(cudagraph_dispatcher=first)).without_full_graphs():
+        assert first.dispatch(num_tokens=8) == (8, {CUDAGraphMode.FULL})
+    assert first.dispatch(num_tokens=8) == (8, None)
+    state = SimpleNamespace(prepare_attn=None)
+    runner = SecondRunner(SimpleNamespace(cudagraph_manager=second, model_state=state))
+    with runner.without_full_graphs():
+        assert second.dispatch(3, 3, 1, num_active_loras=0, max_query_len=1) == (
+            3,
+            3,
+            None,
+            0,
+            None,
+        )
+    assert second.dispatch(3, 3, 1, 0, max_query_len=1) == (3, 3, 1, 0, 1)

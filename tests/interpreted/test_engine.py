@@ -1,0 +1,41 @@
+"""The GPU's backend, builder, compressor and kernels inside the real engine, on both runners."""
+
+from random import Random
+
+import pytest
+from engine.engines import ask, compressor_of, counted, engine, greedy, prompt, runner_of
+from vllm import envs
+
+from vllm_kvcompress.engine.device_compressor import DeviceCompressor
+
+SAID = 3
+MODULES = {"0": "vllm.v1.worker.cpu_model_runner", "1": "vllm.v1.worker.cpu.model_runner"}
+
+
+def said(attention_engine: str, max_requests: int):
+    """A prompt in chunks, whose question meets compressed pages, beside one that only decodes."""
+    rng = Random(3)
+    settings = {"attention_engine": attention_engine, "rate": 4, "window_tokens": 8}
+    llm = engine(settings, blocks=60, step_tokens=40, max_requests=max_requests)
+    params = [greedy(SAID, {"kv_compress_question": 5}), greedy(SAID + 2)]
+    with counted(compressor_of(llm), "_compress") as compressions:
+        answers = ask(llm, [prompt(rng, 70), prompt(rng, 7)], params)
+    assert len(compressions) == 1
+    compressor_of(llm).check_integrity()
+    return llm, [answer.tokens for answer in answers]
+
+
+@pytest.fixture(scope="module")
+def want():
+    return said("cpu", 4)[1]
+
+
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize("second", ["0", "1"], ids=["first runner", "second runner"])
+def test_the_triton_engine_says_what_the_cpu_engine_says(want, second, monkeypatch):
+    monkeypatch.setenv("VLLM_USE_V2_MODEL_RUNNER", second)
+    envs.disable_envs_cache()
+    llm, got = said("triton", 4 + int(second))  # another number, another engine
+    assert got == want
+    assert isinstance(compressor_of(llm), DeviceCompressor)
+    assert type(runner_of(llm)).__module__ == MODULES[second]

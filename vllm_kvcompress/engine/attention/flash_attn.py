@@ -1,0 +1,53 @@
+"""`flash_attn`: vLLM's build of FlashAttention 2 or 3."""
+
+from functools import cache
+from typing import Any
+
+from vllm import envs
+from vllm.utils.torch_utils import canonicalize_singleton_dim_strides
+from vllm.v1.attention.backends import fa_utils
+
+from vllm_kvcompress.engine.attention.interface import FLOAT32, AttentionEngine, HeadCall
+
+
+class FlashAttentionEngine(AttentionEngine):
+    """`flash_attn_varlen_func` with a block table; its causal mask ends at the newest token."""
+
+    name = "flash_attn"
+    beside = ("FLASH_ATTN",)
+
+    @classmethod
+    def obstacle(cls, platform: Any, dtype: str) -> str | None:
+        if not platform.is_cuda():
+            return "vLLM carries FlashAttention for CUDA GPUs only"
+        if dtype in FLOAT32:
+            return "it takes float16 and bfloat16 only"
+        if not fa_utils.is_flash_attn_varlen_func_available():
+            return "this vLLM was built without its vllm_flash_attn"
+        if fa_utils.get_flash_attn_version() not in (2, 3):
+            return "vLLM finds neither FlashAttention 2 nor 3 for this GPU"
+        return None
+
+    def attend(self, call: HeadCall) -> None:
+        # Strides of a dimension of one are arbitrary, but FlashAttention 3 hands them to TMA.
+        fa_utils.flash_attn_varlen_func(
+            q=call.queries,
+            k=canonicalize_singleton_dim_strides(call.keys),
+            v=canonicalize_singleton_dim_strides(call.values),
+            out=call.out,
+            cu_seqlens_q=call.query_start_loc,
+            max_seqlen_q=call.most_queries,
+            seqused_k=call.lengths,
+            max_seqlen_k=call.longest,
+            softmax_scale=call.scale,
+            causal=True,
+            block_table=call.tables,
+            softcap=call.softcap,
+            fa_version=_version(call.queries.shape[-1]),
+            num_splits=1 if envs.VLLM_BATCH_INVARIANT else 0,
+        )
+
+
+@cache
+def _version(head_size: int) -> int | None:
+    return fa_utils.get_flash_attn_version(head_size=head_size)

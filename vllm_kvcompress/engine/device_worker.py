@@ -1,0 +1,92 @@
+"""Workers whose engine reads pages token by token: those of GPUs, and of a Triton on CPUs."""
+
+from typing import Any, ClassVar
+
+from torch import Tensor
+from vllm.platforms import current_platform
+from vllm.utils.import_utils import resolve_obj_by_qualname
+from vllm.v1.attention.backend import AttentionBackend, AttentionLayer
+from vllm.v1.attention.backends.registry import AttentionBackendEnum
+
+from vllm_kvcompress.accounting import ceil_div
+from vllm_kvcompress.config import EngineConfig, parse_engine_config
+from vllm_kvcompress.engine.attention import load
+from vllm_kvcompress.engine.compressor import Compressor
+from vllm_kvcompress.engine.device_batch import Scratch
+from vllm_kvcompress.engine.device_compressor import DeviceCompressor
+from vllm_kvcompress.engine.worker import PerHeadWorker, mean_over_ranks
+from vllm_kvcompress.paging.pool import PageFormat, PagePool
+
+BACKENDS = {
+    "FLASH_ATTN": "vllm_kvcompress.engine.backends.flash_attn.PerHeadFlashBackend",
+    "TRITON_ATTN": "vllm_kvcompress.engine.backends.triton.PerHeadTritonBackend",
+}
+
+
+class DeviceWorker(PerHeadWorker):
+    """Before a platform's worker class; `additional_config` names the engine."""
+
+    _scratch: Scratch | None = None
+
+    @property
+    def replaced_backend(self) -> Any:  # type: ignore[override]
+        return self.vllm_config.attention_config.backend  # type: ignore[attr-defined]
+
+    @property
+    def backend(self) -> type[AttentionBackend]:  # type: ignore[override]
+        return resolve_obj_by_qualname(BACKENDS[self.replaced_backend.name])
+
+    def load_model(self, **kwargs: Any) -> None:
+        self._engine = load(self._config().attention_engine)()
+        super().load_model(**kwargs)
+
+    def page_format(self, layer: AttentionLayer, cache: Tensor) -> PageFormat:
+        _, _, page_tokens, content = cache.shape
+        return PageFormat.by_token(page_tokens, content // 2)
+
+    def make_compressor(self, config: EngineConfig, pool: PagePool, scale: float) -> Compressor:
+        rows, _, width = self._sizes()
+        self._scratch = Scratch(rows, pool.num_heads, width, pool.device)
+        return DeviceCompressor(config, pool, scale, mean_over_ranks, rows, width)
+
+    def bind(self, impl: Any, pool: PagePool, pool_layer: int) -> None:
+        impl.bind(pool, pool_layer, self._engine)
+
+    def attach(self, builder: Any) -> None:
+        super().attach(builder)
+        builder.scratch = self._scratch
+
+    def reserved_bytes(self, config: EngineConfig) -> int:
+        return super().reserved_bytes(config) + Scratch.bytes_of(*self._sizes())
+
+    def _config(self) -> EngineConfig:
+        vllm_config = self.vllm_config  # type: ignore[attr-defined]
+        return parse_engine_config(vllm_config.additional_config["kv_compress"])
+
+    def _sizes(self) -> tuple[int, int, int]:
+        """Rows of the largest batch, KV heads of this rank, blocks of the longest request."""
+        config = self.vllm_config  # type: ignore[attr-defined]
+        rows = config.scheduler_config.max_num_seqs
+        graphs = config.compilation_config.max_cudagraph_capture_size or 0
+        heads = config.model_config.get_num_kv_heads(config.parallel_config)
+        blocks = ceil_div(config.model_config.max_model_len, config.cache_config.block_size)
+        return max(rows, graphs), heads, blocks
+
+
+if current_platform.is_cpu():
+    from vllm.v1.worker.cpu_worker import CPUWorker
+
+    class KVCompressDeviceWorker(DeviceWorker, CPUWorker):
+        """`CPUWorker` with a Triton that runs there, in the place of `CPU_ATTN`."""
+
+        replaced_backend: ClassVar[Any] = AttentionBackendEnum.CPU_ATTN
+
+        @property
+        def backend(self) -> type[AttentionBackend]:  # type: ignore[override]
+            return resolve_obj_by_qualname(BACKENDS["TRITON_ATTN"])
+
+else:
+    from vllm.v1.worker.gpu_worker import Worker
+
+    class KVCompressDeviceWorker(DeviceWorker, Worker):  # type: ignore[no-redef]
+        """The GPU `Worker`."""

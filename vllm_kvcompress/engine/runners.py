@@ -1,0 +1,149 @@
+"""What the two generations of vLLM's model runner offer, asked in one way.
+
+They are told apart by what they have, not by a version. Neither is changed: the first keeps its
+batch in `input_batch` and its requests in `requests`, the second hands each step's batch to the
+`prepare_attn` of its model state.
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from functools import partial
+from typing import Any
+
+from vllm.config import CUDAGraphMode
+from vllm.v1.core.sched.output import SchedulerOutput
+from vllm.v1.outputs import KVConnectorOutput
+
+from vllm_kvcompress.engine.stats import WorkerStats
+
+
+class Runner(ABC):
+    """A model runner as the worker sees it."""
+
+    def __init__(self, runner: Any) -> None:
+        self._runner = runner
+
+    @abstractmethod
+    def begin_step(self, step: SchedulerOutput) -> None:
+        """Follow a step whose arenas have been taken off."""
+
+    @abstractmethod
+    def request_ids(self, num_reqs: int) -> Sequence[str]:
+        """The batch's requests, row by row; padding rows have none."""
+
+    @abstractmethod
+    def block_ids(self, request_id: str) -> list[int]:
+        """Natural block ids of a request, arena excluded."""
+
+    @contextmanager
+    @abstractmethod
+    def without_full_graphs(self) -> Iterator[None]:
+        """Keep the steps inside out of graphs that would replay attention."""
+
+    @abstractmethod
+    def send_seconds(self, seconds: list[float]) -> None:
+        """Report compression times with the step's output, where there is a way to."""
+
+
+class FirstRunner(Runner):
+    """`vllm.v1.worker.gpu_model_runner.GPUModelRunner` and its CPU subclass."""
+
+    def begin_step(self, step: SchedulerOutput) -> None:
+        """It keeps its own account."""
+
+    def request_ids(self, num_reqs: int) -> Sequence[str]:
+        return self._runner.input_batch.req_ids[:num_reqs]
+
+    def block_ids(self, request_id: str) -> list[int]:
+        return self._runner.requests[request_id].block_ids[0]
+
+    @contextmanager
+    def without_full_graphs(self) -> Iterator[None]:
+        dispatcher = self._runner.cudagraph_dispatcher
+        original = dispatcher.dispatch
+
+        def dispatch(*args: Any, **kwargs: Any) -> Any:
+            barred = set(kwargs.pop("invalid_modes", None) or ()) | {CUDAGraphMode.FULL}
+            return original(*args, **kwargs, invalid_modes=barred)
+
+        dispatcher.dispatch = dispatch
+        try:
+            yield
+        finally:
+            del dispatcher.dispatch
+
+    def send_seconds(self, seconds: list[float]) -> None:
+        output = self._runner.kv_connector_output or KVConnectorOutput()
+        stats = WorkerStats({"seconds": seconds}, output.kv_connector_stats)
+        self._runner.kv_connector_output = replace(output, kv_connector_stats=stats)
+
+
+class SecondRunner(Runner):
+    """`vllm.v1.worker.gpu.model_runner.GPUModelRunner` and its CPU subclass."""
+
+    def __init__(self, runner: Any) -> None:
+        super().__init__(runner)
+        self._request_ids: Sequence[str] = ()
+        self._blocks: dict[str, list[int]] = {}
+        state = runner.model_state
+        state.prepare_attn = partial(self._prepare_attn, state.prepare_attn)
+
+    def _prepare_attn(self, original: Any, input_batch: Any, *args: Any, **kwargs: Any) -> Any:
+        self._request_ids = input_batch.req_ids
+        return original(input_batch, *args, **kwargs)
+
+    def begin_step(self, step: SchedulerOutput) -> None:
+        for request_id in (*step.finished_req_ids, *(step.preempted_req_ids or ())):
+            self._blocks.pop(request_id, None)
+        for new in step.scheduled_new_reqs:
+            self._blocks[new.req_id] = list(new.block_ids[0])
+        cached = step.scheduled_cached_reqs
+        for request_id, ids in zip(cached.req_ids, cached.new_block_ids, strict=True):
+            if request_id in cached.resumed_req_ids:
+                self._blocks[request_id] = []
+            if ids is not None:
+                self._blocks[request_id] += ids[0]
+
+    def request_ids(self, num_reqs: int) -> Sequence[str]:
+        return self._request_ids[:num_reqs]
+
+    def block_ids(self, request_id: str) -> list[int]:
+        return self._blocks[request_id]
+
+    @contextmanager
+    def without_full_graphs(self) -> Iterator[None]:
+        manager = self._runner.cudagraph_manager
+        original = manager.dispatch
+
+        def dispatch(num_reqs: int, num_tokens: int, *_: Any, **kwargs: Any) -> Any:
+            """As for a batch with a prefill in it: neither uniform nor bounded."""
+            return original(
+                num_reqs, num_tokens, None, kwargs["num_active_loras"], max_query_len=None
+            )
+
+        manager.dispatch = dispatch
+        try:
+            yield
+        finally:
+            del manager.dispatch
+
+    def send_seconds(self, seconds: list[float]) -> None:
+        """It builds a step's output after the worker's turn: no times on this runner."""
+
+
+def runner_of(runner: Any) -> Runner:
+    """The way to ask this model runner.
+
+    Raises:
+        ValueError: it offers neither what the first nor what the second generation does.
+    """
+    if hasattr(runner, "input_batch") and hasattr(runner, "requests"):
+        return FirstRunner(runner)
+    if hasattr(runner, "model_state") and hasattr(runner, "cudagraph_manager"):
+        return SecondRunner(runner)
+    raise ValueError(
+        f"kv-compress knows no way to ask {type(runner).__module__}.{type(runner).__qualname__}; "
+        "set VLLM_USE_V2_MODEL_RUNNER=0"
+    )
