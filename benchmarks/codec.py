@@ -30,7 +30,7 @@ REPORT_WIDTH = 110
 HEAD_SIZE = 128
 TIMES_LMCACHE, SHARE_OF_LMCACHE = 30, 0.65
 TIMES_SMALLER = {32: 4.2, 16: 6.0}  # under bf16, at the published quantiser's error
-ZSTD = "zstd -3 of the raw bytes"
+LMCACHE = "LMCache, its default"
 
 
 class Input(NamedTuple):
@@ -142,9 +142,9 @@ def speeds(
         for isa, n in runs
         for level in LEVELS[1:]
     }
-    turns[ZSTD, 1] = zstd_of_bytes(given)
+    turns["zstd -3 of the raw bytes", 1] = zstd_of_bytes(given)
     if lmcache:
-        turns["LMCache, its default", 1] = by_lmcache(lmcache, given, chunk_tokens)
+        turns[LMCACHE, 1] = by_lmcache(lmcache, given, chunk_tokens)
     results = {key: Measured(*key) for key in turns}
     for i in track(range(rounds + 1), description=given.name):
         for key, turn in turns.items():
@@ -173,6 +173,11 @@ def sizes(given: Input, chunk_tokens: int, lmcache: Lmcache | None) -> dict[int,
     return found
 
 
+def peer_of(results: Sequence[Measured]) -> Measured | None:
+    """LMCache's, where it took part."""
+    return next((r for r in results if r.what == LMCACHE), None)
+
+
 def verdicts_of(
     given: Input, results: Sequence[Measured], at_equal_error: dict[int, list[Size]]
 ) -> list[Verdict]:
@@ -181,14 +186,15 @@ def verdicts_of(
         smaller = codec_sizes.BF16_BITS / at_equal_error[bins][0].bits
         what = f"{given.name}: times smaller than bf16, at the error of {bins} bins"
         found.append(Verdict(what, Summary.of([smaller]), target))
-    if results[-1].what == ZSTD:
+    peer = peer_of(results)
+    if peer is None:
         return found
-    share = at_equal_error[32][0].bits / at_equal_error[32][-1].bits  # fewer than 10 layers: all 32
-    what = f"{given.name}: of LMCache's bytes, at its default's error"
+    share = at_equal_error[32][0].bits / at_equal_error[32][-1].bits
+    what = f"{given.name}: of LMCache's bytes, at the error of 32 bins"
     found.append(Verdict(what, Summary.of([share]), SHARE_OF_LMCACHE, at_most=True))
     best = next(r for r in results if r.what.startswith(f"level {DEFAULT_LEVEL}"))
     for way in ("encode_mb_s", "decode_mb_s"):
-        ratio = paired_ratio(getattr(best, way), getattr(results[-1], way))
+        ratio = paired_ratio(getattr(best, way), getattr(peer, way))
         what = f"{given.name}: times LMCache's speed, {way[:6]}, {best.what}, one thread"
         found.append(Verdict(what, ratio, TIMES_LMCACHE))
     return found
@@ -196,7 +202,7 @@ def verdicts_of(
 
 def speed_table(given: Input, results: Sequence[Measured]) -> Table:
     columns = ["", "threads", "bits", "x bf16", "rms error", "encode MB/s", "decode MB/s"]
-    peer = results[-1] if results[-1].what != ZSTD else None
+    peer = peer_of(results)
     rows = []
     for r in results:
         row = [r.what, str(r.threads), f"{r.bits:.3f}", f"{16 / r.bits:.2f}", f"{r.rms_error:.4f}"]
@@ -227,15 +233,16 @@ def draw(named: Sequence[tuple[str, Sequence[Measured]]], path: Path) -> None:
     figure, panels = charts.panels(len(named), columns=1)
     for axes, (name, results) in zip(panels, named, strict=True):
         at = np.arange(len(results))[::-1]
-        for offset, way, colour in ((0.2, "encode", 0), (-0.2, "decode", 1)):
+        for way, colour in zip(("encode", "decode"), charts.COLOURS, strict=False):
             medians = [Summary.of(getattr(r, f"{way}_mb_s")).median for r in results]
-            axes.barh(at + offset, medians, 0.4, color=charts.COLOURS[colour], label=way)
+            axes.plot(medians, at, "o", color=colour, label=way)
+        axes.grid(axis="y", alpha=0.3)
         threads = (f", {r.threads} threads" if r.threads > 1 else "" for r in results)
         axes.set_yticks(at, [r.what + n for r, n in zip(results, threads, strict=True)])
         axes.set_xscale("log")
         axes.set_xlabel("MB/s of bf16 KV, whole path")
         axes.set_title(name)
-        axes.legend(loc="lower right")
+        axes.legend(loc="upper left")
     figure.set_size_inches(charts.WIDTH, sum(0.8 + 0.24 * len(r) for _, r in named))
     charts.save(figure, path)
 

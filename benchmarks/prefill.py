@@ -9,6 +9,7 @@ import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, replace
+from itertools import chain
 from pathlib import Path
 from typing import Annotated
 
@@ -212,10 +213,11 @@ def plot(
     for axis in (times, gains):
         log_sizes(axis, (point.prompt_tokens for point in grid.samples), "prompt tokens")
     times.set_ylabel("ms to the first token")
-    gains.set_ylabel("x plain; dotted: FLOPs, dashed: timed")
+    gains.set_ylabel("x plain vLLM")
     gains.set_ylim(bottom=0)
     times.legend(frameon=False)
-    save(figure, path, caption)
+    says = "; dotted: what FLOPs say, dashed: timed FLOPs" if prediction else ""
+    save(figure, path, caption + says)
 
 
 @contextmanager
@@ -260,6 +262,12 @@ def main(
         int, typer.Option(help="Prompts of every row under stopwatches; 0: none.", min=0)
     ] = 3,
     threads: Annotated[int, typer.Option(help="OpenMP threads; 0 for all cores.", min=0)] = 0,
+    cpu_time: Annotated[
+        bool,
+        typer.Option(
+            "--cpu-time", help="CPU seconds of one thread: for a machine with other work."
+        ),
+    ] = False,
     model: Annotated[
         str | None, typer.Option(help="A model folder or name, instead of a Llama without weights.")
     ] = None,
@@ -295,7 +303,7 @@ def main(
     than 1.25 times as long, or, from 4,096 tokens on, propagated ones gain less than 95 % of what
     FLOPs say or not the same at every budget of the cache.
     """
-    threads = threads or len(os.sched_getaffinity(0))
+    threads = 1 if cpu_time else threads or len(os.sched_getaffinity(0))
     lengths = sorted(set(prompt_tokens or [1024, 2048, 4096]))
     rows = variants(rates or [8], presets or ["kv-compress", "fastkv", "tsp"], fp8=False, off=off)
     with _model(model, layers, hidden, lengths[-1] + 1) as (folder, decoder):
@@ -311,8 +319,12 @@ def main(
         )
         points = [Point(1, length) for length in lengths]
         grid = measure(rows, points, spec, Workload(0, 0, 1), rounds, threads)
-        done = [point.prompt_tokens for point in grid.samples]
-        watched = stopped(rows, done, spec, stopwatches, threads)
+        if cpu_time:
+            for samples in grid.samples.values():
+                for done in chain.from_iterable(samples.values()):
+                    done.wall_s = done.cpu_s
+        measured = [point.prompt_tokens for point in grid.samples]
+        watched = stopped(rows, measured, spec, stopwatches, threads)
 
     prediction = None
     if decoder is not None:
@@ -332,14 +344,20 @@ def main(
     picture = json.with_suffix(".png")
     of = model or f"a Llama of {layers} layers of width {hidden}, random weights"
     caption = (
-        f"{of}, {'eager' if eager else 'compiled'}; {threads} thread(s) of {cpu_model()}; median "
-        f"and range of {rounds} rounds"
+        f"{of}, {'eager' if eager else 'compiled'}; {'CPU time of ' if cpu_time else ''}"
+        f"{threads} thread(s) of {cpu_model()}; median and range of {rounds} rounds"
     )
     plot(rows, grid, prediction, picture, caption)
     write_report(
         json,
         threads,
-        {**asdict(spec), "rounds": rounds, "decoder": asdict(decoder) if decoder else None},
+        {
+            **asdict(spec),
+            "model": of,
+            "rounds": rounds,
+            "cpu_time": cpu_time,
+            "decoder": asdict(decoder) if decoder else None,
+        },
         bench="prefill",
         title="Time to the first token",
         tables=[shown],

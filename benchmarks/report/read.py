@@ -12,7 +12,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from vllm_kvcompress.bench.harness import Verdict
 from vllm_kvcompress.bench.table import Table
 
-ORDER = ("quality", "throughput", "serve", "attention", "prefill")
+ORDER = ("quality", "throughput", "serve", "attention", "prefill", "codec")
 MAX_REPORT_BYTES = 2**28
 MAX_PLOT_BYTES = 2**24
 MEDIA = {".png": "image/png", ".jpg": "image/jpeg", ".jpeg": "image/jpeg", ".svg": "image/svg+xml"}

@@ -6,6 +6,13 @@ typedef float v4f __attribute__((vector_size(16)));
 typedef double v4d __attribute__((vector_size(32)));
 typedef int32_t v8i __attribute__((vector_size(32)));
 typedef uint32_t v8u __attribute__((vector_size(32)));
+#if defined(__AVX2__)
+constexpr int kVectorBytes = 32;
+#else
+constexpr int kVectorBytes = 16;
+#endif
+typedef uint8_t bytes_t __attribute__((vector_size(kVectorBytes)));
+typedef uint64_t words_t __attribute__((vector_size(kVectorBytes)));
 typedef int16_t v8s __attribute__((vector_size(16)));
 typedef uint16_t v8h __attribute__((vector_size(16)));
 
@@ -15,6 +22,8 @@ typedef uint16_t v8h __attribute__((vector_size(16)));
 #define KVC_SHUFFLE(a, b, ...) __builtin_shuffle(a, b, (v8s){__VA_ARGS__})
 #endif
 #define KVC_INLINE static inline __attribute__((always_inline))
+
+constexpr uint64_t kEvenBytes = 0x00ff00ff00ff00ff, kOnes = 0x0001000100010001;
 
 template <class To, class From>
 KVC_INLINE To load(const From* p) {
@@ -127,8 +136,10 @@ bool quantise_of(const void* x, int tokens, int stride, int channels, const floa
     v8s rows[8];
     const v8f scale = load<v8f>(by_channel + c);
     for (int i = 0; i < 8; ++i) {
-      rows[i] = v8s{};
-      if (t + i >= tokens) continue;
+      if (t + i >= tokens) {
+        rows[i] = v8s{};
+        continue;
+      }
       if (c == 0) __builtin_prefetch((const char*)x + size_t(t + i + 16) * stride * dtype_bytes(D));
       v8f y = load_row<D>(x, size_t(t + i) * stride + c, size_t(channels - c));
       y = y * by_token[t + i] * scale;
@@ -300,15 +311,29 @@ void join(const int16_t* exponents, const uint16_t* raw, int tokens, int mantiss
   }
 }
 
+// Symbol by symbol from the centre outwards, until all tokens are counted: counters in memory would
+// wait for one another, since most symbols are alike.
 void histogram(const uint8_t* symbols, int tokens, int16_t* counts) {
-  constexpr int kParts = 4;  // neighbours are often equal: do not wait for their stores
-  int16_t part[kParts][kSymbols] = {};
-  int t = 0;
-  for (; t + kParts <= tokens; t += kParts)
-    for (int i = 0; i < kParts; ++i) ++part[i][symbols[t + i]];
-  for (; t < tokens; ++t) ++part[0][symbols[t]];
-  for (int s = 0; s < kSymbols; ++s)
-    counts[s] = int16_t(part[0][s] + part[1][s] + part[2][s] + part[3][s]);
+  constexpr int kMost = 255 * kVectorBytes;  // what counters of a byte hold
+  const int whole = tokens / kVectorBytes * kVectorBytes;
+  for (int s = 0; s < kSymbols; ++s) counts[s] = 0;
+  for (int first = 0; first < whole; first += kMost) {
+    const int end = whole - first < kMost ? whole : first + kMost;
+    for (int i = 0, left = end - first; left; ++i) {
+      const int s = i % 2 ? kCentre - (i + 1) / 2 : kCentre + i / 2;
+      bytes_t found = {};
+      for (int t = first; t < end; t += kVectorBytes)
+        found -= (bytes_t)(load<bytes_t>(symbols + t) == bytes_t{} + uint8_t(s));
+      const words_t pairs =
+          ((words_t)found & kEvenBytes) + ((words_t)found >> 8 & kEvenBytes);
+      uint64_t sums = 0;
+      for (int k = 0; k < kVectorBytes / 8; ++k) sums += pairs[k];
+      const int count = int(sums * kOnes >> 48);
+      counts[s] = int16_t(counts[s] + count);
+      left -= count;
+    }
+  }
+  for (int t = whole; t < tokens; ++t) ++counts[symbols[t]];
 }
 
 int cost(const int16_t* counts, const int16_t* costs) {

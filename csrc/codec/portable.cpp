@@ -9,11 +9,10 @@ void encode(RansWriter& w, const uint8_t* symbols, int tokens, const Table& tabl
 }
 
 bool decode(RansReader& r, uint8_t* symbols, int tokens, const Table& table) {
-  typedef uint8_t v16b __attribute__((vector_size(16)));
-  uint8_t owners[kProbScale + sizeof(v16b)];  // the symbol of each slot; stores overshoot
+  uint8_t owners[kProbScale + sizeof(bytes_t)];  // the symbol of each slot; stores overshoot
   for (int s = 0; s < kSymbols; ++s)
-    for (int slot = table.start[s]; slot < table.start[s] + table.freq[s]; slot += sizeof(v16b))
-      store(owners + slot, v16b{} + uint8_t(s));
+    for (int slot = table.start[s]; slot < table.start[s] + table.freq[s]; slot += sizeof(bytes_t))
+      store(owners + slot, bytes_t{} + uint8_t(s));
   int at = 0;
   for (; at + r.lanes <= tokens && r.end - r.in >= r.lanes; at += r.lanes) {
     uint32_t* const states = r.states;

@@ -1,18 +1,21 @@
 """The codec's benchmarks measure what they say, on small inputs."""
 
 import os
+import struct
 import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
+from transport import reference
 
 from vllm_kvcompress.bench import codec as speed
 from vllm_kvcompress.bench import codec_sizes
 from vllm_kvcompress.bench.engine import MODEL
 from vllm_kvcompress.bench.lmcache_process import Lmcache, LmcacheFailed, default_bins
 from vllm_kvcompress.transport.chunks import ChunkCodec
-from vllm_kvcompress.transport.codec import CodecMissing, as_floats, instruction_sets
+from vllm_kvcompress.transport.codec import CodecMissing, SectionCodec, as_floats, instruction_sets
+from vllm_kvcompress.transport.levels import DEFAULT_LEVEL, plan
 from vllm_kvcompress.transport.sample import sample
 
 try:
@@ -103,6 +106,33 @@ def test_kv_is_so_many_times_smaller_at_the_published_error(inputs, name, bins, 
 
 
 @pytest.mark.parametrize("name", ["real", "8B-like"])
+def test_payload_is_within_one_percent_of_the_cross_entropy_under_its_tables(inputs, name):
+    """K and V of one layer, 256 tokens; the symbols and tables are the slow reference's."""
+    kv, heads = inputs[name]
+    sections = np.ascontiguousarray(kv[1, :, :256])
+    encoded = SectionCodec().encode(sections, "bfloat16", plan(DEFAULT_LEVEL, 1), heads=heads)
+    for values, body in zip(sections, encoded.sections, strict=True):
+        words, raw, escapes, own_tables, lanes = struct.unpack_from("<IIIHB", body)
+        at = 20 + 4 * lanes + 2 * words + 2 * escapes + raw
+        for _ in range(own_tables):
+            at += 4 + 2 * int.from_bytes(body[at : at + 4], "little").bit_count()
+        steps = np.frombuffer(body, "<f4", heads, at)
+        by_head = np.split(as_floats(values, "bfloat16"), heads, axis=1)
+        q = np.hstack(
+            [
+                reference.quantise(part, np.full(256, np.float32(1) / step))
+                for part, step in zip(by_head, steps, strict=True)
+            ]
+        )
+        cross = 0.0
+        for channel in q.T:
+            chosen = reference.adapt(channel, False)
+            seen = chosen["freq"][chosen["symbols"]]
+            cross -= np.log2(np.where(seen, seen, chosen["freq"][0]) / 4096).sum()
+        assert cross < 32 * lanes + 16 * words <= 1.01 * cross
+
+
+@pytest.mark.parametrize("name", ["real", "8B-like"])
 def test_kv_takes_at_most_two_thirds_of_lmcaches_tables_and_payload(inputs, name):
     """Its bytes counted by its format, without its coder's losses: 33 16-bit entries of a CDF per
     channel, the entropy of its symbols, lengths and scales; 0.65 is the bound."""
@@ -159,6 +189,24 @@ def test_recoding_costs_what_is_stored():
     want, raw = quality.plain(x)
     np.testing.assert_array_equal(back, want)
     assert size < raw == 2 * x.size
+
+
+def test_other_bytes_of_the_same_values_are_only_sized():
+    from random import Random
+
+    from vllm_kvcompress.bench import codec_quality as quality
+    from vllm_kvcompress.bench.demo_model.language import needle_task
+
+    published = quality.Way("bf16", "", quality.plain)
+    every = quality.Rewritten("all", "", published, lambda kv: 3.0)
+    second = quality.Rewritten("some", "", published, lambda kv: 2.0, every=2)
+    reader = quality.Reader(Path(quality.DEMO_MODEL))
+    for i in range(3):
+        row = reader.encode(needle_task(Random(i), 300, 0.3))
+        quality.ask(reader, row, [published, every, second], 128, i)
+    assert every.bits == [3.0] * 3 and second.bits == [2.0] * 2
+    assert every.to_dict()["kl"] == published.to_dict()["kl"]
+    assert second.to_dict()["sizes_of"] == 2
 
 
 def test_the_quality_bench_asks_the_untouched_cache_too():

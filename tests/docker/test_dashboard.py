@@ -3,13 +3,15 @@
 import inspect
 import json
 import re
+from functools import partial
 from pathlib import Path
 
 import pytest
-from prometheus_client import CollectorRegistry
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 from vllm.v1.metrics import loggers
 
 from vllm_kvcompress.serving.metrics import PREFIX, Series, refusals_counter
+from vllm_kvcompress.transport.stats import COUNTERS, GAUGES, CacheGenMetrics
 
 BOARD = Path(__file__).parents[2] / "docker/grafana/dashboards/kv-compress.json"
 STEP = {
@@ -30,6 +32,14 @@ def queries():
     return asked + [variable["definition"] for variable in board["templating"]["list"]]
 
 
+STORE = {name: label for name, (_, label) in COUNTERS.items()} | dict.fromkeys(GAUGES)
+
+
+def of_store(registry) -> CacheGenMetrics:
+    types = {kind: partial(kind, registry=registry) for kind in (Counter, Gauge, Histogram)}
+    return CacheGenMetrics(None, types, ["model_name", "engine"], {0: ["m", "0"]})
+
+
 @pytest.fixture(scope="module")
 def exported():
     """Name of each of our series -> its labels."""
@@ -38,6 +48,7 @@ def exported():
     series.show(0)
     series.add(0, STEP)
     refusals_counter(registry).labels("m", "bad_rate").inc()
+    of_store(registry).observe({f"{name}:x" if label else name: 1 for name, label in STORE.items()})
     labels = {}
     for metric in registry.collect():
         for sample in metric.samples:
@@ -53,7 +64,7 @@ def test_query_asks_for_what_is_exported(query, exported):
     for grouped in re.findall(r"by \(([^)]*)\)", query):
         asked |= set(grouped.split(", "))
     for name in names:
-        if name.startswith(PREFIX):
+        if name.startswith((PREFIX, "vllm:cachegen_")):
             assert asked <= exported[name]
         else:
             assert f'"{name}"' in inspect.getsource(loggers)
@@ -72,4 +83,5 @@ def test_every_series_of_ours_is_on_the_dashboard(exported):
     families = {re.sub(r"_(bucket|sum|count|created)$", "", name) for name in exported}
     shown = {re.sub(r"_(bucket|sum|count)$", "", name) for name in asked}
     totals = {name for name in families if name.endswith("_total")}
-    assert totals | {PREFIX + "compression_seconds"} <= shown
+    gauges = {f"vllm:cachegen_{name}" for name in GAUGES}
+    assert totals | gauges | {PREFIX + "compression_seconds"} <= shown

@@ -214,11 +214,15 @@ def test_room_for_hidden_states_is_the_context_length_unless_said() -> None:
     [
         ({"preset": "fastkv", "tsp_layer": 3}, "tsp_layer=3 leaves no layer above it"),
         ({"preset": "fastkv", "tsp_rate": 0.0}, "tsp_rate: .*greater than 0"),
+        (
+            {"preset": "windowkv", "task_classifier": "vllm_kvcompress/demo_model"},
+            "task_classifier='.*' cannot be used: it has the labels",
+        ),
         ({"preset": "fastkv", "tsp_max_inflight_tokens": 100}, "give at least 4096"),
         ({"preset": "fastkv", "tsp_max_inflight_tokens": 0}, "needs room for hidden states"),
     ],
 )
-def test_bad_settings_of_propagation_are_one_line(settings, says) -> None:
+def test_bad_settings_of_propagation_and_tasks_are_one_line(settings, says) -> None:
     with pytest.raises(StartupError, match=says) as caught:
         tsp_args(**settings).create_engine_config()
     assert "\n" not in str(caught.value)

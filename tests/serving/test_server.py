@@ -48,10 +48,11 @@ def server(model, engine_environment, tmp_path_factory):
     command = [VLLM, "serve", model, "--kv-compress", "snapkv", "--served-model-name", "demo"]
     command += ["--port", port, "--api-key", KEY, "--max-model-len", MAX_MODEL_LEN]
     command += ["--max-num-seqs", 64, "--enforce-eager"]
+    command += ["--kv-compress-store", tmp_path_factory.mktemp("store")]
     with log.open("wb") as out:
         process = subprocess.Popen(
             [str(part) for part in command],
-            env=engine_environment,
+            env=engine_environment | {"VLLM_SERVER_DEV_MODE": "1"},  # for /reset_prefix_cache
             stdout=out,
             stderr=subprocess.STDOUT,
         )
@@ -222,8 +223,23 @@ BAD = {
         "kv_compress_task",
         "localization, aggregation, auto",
     ),
+    "task as a number": ('{"kv_compress": "windowkv", "kv_compress_task": 1}', "task", "auto"),
+    "tsp_rate of a request": (
+        '{"kv_compress": "tsp", "kv_compress_tsp_rate": 0}',
+        "kv_compress_tsp_rate",
+        "known: kv_compress,",
+    ),
     "task of a preset without": ('{"kv_compress_task": "auto"}', "kv_compress_task", "windowkv"),
     "knob of 100 KB": (f'{{"kv_compress_{NOVEL}": 8}}', "kv_compress_x", "100012 characters"),
+    "store's level": ('{"cachegen_level": 9}', "cachegen_level", "9 is not allowed: give a whole"),
+    "store's level as text": ('{"cachegen_level": "2"}', "cachegen_level", "'2' is not allowed"),
+    "store's target": ('{"cachegen_ttft_ms": 0}', "cachegen_ttft_ms", "above 0, up to 3600000"),
+    "level and target": (
+        '{"cachegen_level": 2, "cachegen_ttft_ms": 9}',
+        "cachegen_level",
+        "exclude each other",
+    ),
+    "unknown knob of the store": ('{"cachegen_speed": 2}', "cachegen_speed", "known: cachegen_"),
 }
 
 
@@ -257,6 +273,24 @@ def test_requests_choose_among_all_presets_of_one_server(client) -> None:
     for xargs in asked:
         said = chat(client, tokens=600, **xargs)
         assert said.choices[0].message.content is not None
+
+
+@pytest.mark.parametrize("preset", ["tsp", "fastkv", "fastkv-constant", "windowkv", "snapkv"])
+def test_prompts_shorter_than_windows_and_questions_are_answered(client, preset) -> None:
+    """The windows have 8 to 32 tokens, the prompts 1 to 40."""
+    for prompt in ([20], list(range(20, 27)), list(range(20, 60))):
+        for question in (0, 7, 4096):
+            answer = client.completions.create(
+                model="demo",
+                prompt=prompt,
+                max_tokens=3,
+                temperature=0,
+                extra_body={
+                    "ignore_eos": True,
+                    "vllm_xargs": {"kv_compress": preset, "kv_compress_question": question},
+                },
+            )
+            assert answer.usage.completion_tokens == 3
 
 
 def test_prompt_logprobs_of_a_propagated_prompt_are_a_400(client) -> None:
@@ -376,9 +410,9 @@ def wait_for_requests(stats, before, count) -> None:
     pytest.fail(f"{ended(stats()) - ended(before)} requests ended, not {count}")
 
 
-def metrics(server) -> dict[str, float]:
+def metrics(server, prefix: str = "vllm:kv_compress_") -> dict[str, float]:
     text = httpx.get(f"{server.url}/metrics").text
-    lines = [line for line in text.splitlines() if line.startswith("vllm:kv_compress_")]
+    lines = [line for line in text.splitlines() if line.startswith(prefix)]
     return {line.rsplit(" ", 1)[0]: float(line.rsplit(" ", 1)[1]) for line in lines}
 
 
@@ -405,6 +439,34 @@ def test_every_series_is_there(server, stats) -> None:
     config = json.loads(Path("vllm_kvcompress/demo_model/config.json").read_text())
     pages_per_block = config["num_hidden_layers"] * config["num_key_value_heads"]
     assert pages == figures["pages_freed"] == figures["blocks_freed"] * pages_per_block
+
+
+def test_a_prompt_comes_back_from_the_store_and_is_compressed_the_same(server, client, stats):
+    def counted(name: str) -> float:
+        chat(client, tokens=64, seed=98, kv_compress="off")  # figures come with steps
+        return summed(metrics(server, "vllm:cachegen_"), f"vllm:cachegen_{name}")
+
+    before = counted("stored_chunks_total")
+    said = chat(client, tokens=1500, seed=99)
+    chunks = said.usage.prompt_tokens // 256
+    for _ in range(200):
+        if counted("stored_chunks_total") >= before + chunks:
+            break
+        time.sleep(0.05)
+    headers = {"Authorization": f"Bearer {KEY}"}
+    assert httpx.post(f"{server.url}/reset_prefix_cache", headers=headers).is_success
+    hits = counted("hit_tokens_total")
+    again = chat(client, tokens=1500, seed=99, cachegen_level=2)
+    assert again.choices[0].message.content == said.choices[0].message.content
+    assert counted("hit_tokens_total") - hits > 1000
+    assert counted("saves_queued") == counted("loads_in_flight") == 0
+    first, second = (record_of(stats, answer.id) for answer in (said, again))
+    same = ("prompt_tokens", "blocks_before", "blocks_after", "held_tokens", "preset")
+    assert [first[key] for key in same] == [second[key] for key in same]
+    timeline = stats()["cachegen_timelines"][-1]
+    assert again.id in timeline["request_id"] and timeline["target_ms"] is None
+    assert timeline["first_token_ms"] > 0
+    assert sum(mark["event"] == "decode" for mark in timeline["marks"]) >= 4
 
 
 def test_the_figures_need_the_key(server, stats) -> None:

@@ -44,4 +44,17 @@ def bits(make, dtype: str, *shape: int, seed: int = 0) -> np.ndarray:
     return as_bits(make(np.random.default_rng(seed), *shape), dtype)
 
 
+def damaged(
+    rng: np.random.Generator, section: bytes, records: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
+    """A section and its records with up to three bytes changed, or cut short."""
+    data, records = np.frombuffer(section, np.uint8).copy(), records.copy()
+    target = records.reshape(-1) if rng.random() < 0.3 else data
+    at = rng.integers(0, min(len(target), 64 if rng.random() < 0.5 else 1 << 30), size=3)
+    target[at] = rng.integers(0, 256, size=3)
+    if rng.random() < 0.2:
+        data = data[: rng.integers(0, len(data))]
+    return data, records
+
+
 ALL = (gaussian, drifting, extremes, two_peaks, zeros)

@@ -278,13 +278,7 @@ def test_changed_section_bytes_never_crash_the_decoder(isa, quantiser, parameter
     encoded = codec.encode(values, "bfloat16", asked(quantiser, parameter, 1))
     rng, out, refused = np.random.default_rng(7), np.empty_like(values), 0
     for _ in range(400):
-        data = np.frombuffer(encoded.sections[0], np.uint8).copy()
-        records = encoded.records.copy()
-        target = records.reshape(-1) if rng.random() < 0.3 else data
-        at = rng.integers(0, min(len(target), 64 if rng.random() < 0.5 else 1 << 30), size=3)
-        target[at] = rng.integers(0, 256, size=3)
-        if rng.random() < 0.2:
-            data = data[: rng.integers(0, len(data))]
+        data, records = samples.damaged(rng, encoded.sections[0], encoded.records)
         try:
             codec.decode(data, [len(data)], records, "bfloat16", out)
         except CorruptChunk:

@@ -4,8 +4,8 @@ from collections.abc import Iterator
 from random import Random
 
 import pytest
-from engine.engines import assert_same_words, compressor_of, prompt
-from transport.test_connector import CHUNK, FAULTS, Cached, Faulty
+from engine.engines import ask, assert_same_words, compressor_of, greedy, prompt
+from transport.test_connector import CHUNK, FAULTS, OUTPUTS, Cached, Faulty
 
 from vllm_kvcompress.engine.scheduler import _take_worker_stats
 from vllm_kvcompress.engine.stats import WorkerStats
@@ -86,6 +86,24 @@ def test_nothing_that_saw_a_compressed_context_is_stored(compressed, knobs, save
     _, counted = compressed.during(lambda: compressed.ask([ids], {"kv_compress": "off"}))
     assert counted.get("hit_tokens", 0) == saved * CHUNK
     compressed.scheduler.check_integrity()
+
+
+def test_propagated_prompts_neither_load_nor_save_beside_others_that_do(compressed):
+    """Deep layers of such a prompt hold selected tokens only: no store has or wants them."""
+    rng = Random(7)
+    prompts = [prompt(rng, n) for n in (700, 600, 500, 400)]
+    knobs = [{"kv_compress": name} for name in ("tsp", "off", "fastkv", "snapkv")]
+    want = [compressed.ask([ids], own)[0] for ids, own in zip(prompts, knobs, strict=True)]
+    for ids in prompts:
+        compressed.ask([ids], {"kv_compress": "off"}, tokens=1)  # now all of them are stored
+    compressed.forget()
+    params = [greedy(OUTPUTS, own) for own in knobs]
+    got, counted = compressed.during(lambda: ask(compressed.llm, prompts, params))
+    assert_same_words(got, want)
+    off, before_the_window = 600 // CHUNK * CHUNK, (400 - 32) // 32 * 32
+    assert counted["hit_tokens"] == off + before_the_window
+    compressed.scheduler.check_integrity()
+    compressor_of(compressed.llm).check_integrity()
 
 
 def test_figures_of_both_arrive_apart():

@@ -112,13 +112,7 @@ def test_cuda_refuses_the_changed_bytes_that_the_cpu_refuses(cuda, quantiser, pa
     encoded = cpu.encode(values, "bfloat16", asked(quantiser, parameter, 1))
     rng, refused = np.random.default_rng(7), 0
     for _ in range(60):
-        data = np.frombuffer(encoded.sections[0], np.uint8).copy()
-        records = encoded.records.copy()
-        target = records.reshape(-1) if rng.random() < 0.3 else data
-        at = rng.integers(0, min(len(target), 64 if rng.random() < 0.5 else 1 << 30), size=2)
-        target[at] = rng.integers(0, 256, size=2)
-        if rng.random() < 0.2:
-            data = data[: rng.integers(0, len(data))]
+        data, records = samples.damaged(rng, encoded.sections[0], encoded.records)
         out, want = torch.empty_like(signed(values)), np.empty_like(values)
         ends = torch.tensor([len(data)])
         arguments = torch.from_numpy(data), ends, torch.from_numpy(records), "bfloat16", out

@@ -158,6 +158,22 @@ def test_a_load_that_outlives_its_limit_is_missed_and_writes_nothing_later(store
     assert stored.tally.totals["missed:too_slow"] == 2
 
 
+@pytest.mark.parametrize("wrong", ["corrupt", "of_something_else", "other_version"])
+def test_a_spoilt_chunk_leaves_the_store_unless_another_version_reads_it(stored, wrong) -> None:
+    first, second = sorted(stored.store.data)
+    good = stored.store.data[first]
+    spoilt = {
+        "corrupt": good[:-1],
+        "of_something_else": stored.store.data[second],
+        "other_version": good[:4] + b"\x07\0" + good[6:],
+    }
+    stored.store.data[first] = spoilt[wrong]
+    stored.load(load())
+    assert told(stored) == ({"r"}, {5, 6, 7, 8})
+    assert stored.tally.totals[f"missed:{wrong}"] == 2
+    assert stored.store.has([first, second]) == [wrong == "other_version", True]
+
+
 def test_queues_are_empty_again_after_the_work(stored) -> None:
     stored.load(load())
     told(stored)

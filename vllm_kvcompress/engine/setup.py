@@ -26,6 +26,7 @@ from vllm_kvcompress.policy.registry import build
 from vllm_kvcompress.policy.task_models import SequenceClassifier, task_classifier
 
 CPU_BLOCK_TOKENS = 32
+SLOW_CLASSIFIER_S = 0.05  # other requests wait meanwhile
 CPU_WORKER = "vllm_kvcompress.engine.cpu.KVCompressCPUWorker"
 SCHEDULER = "vllm_kvcompress.engine.scheduler.KVCompressScheduler"
 ASYNC_SCHEDULER = "vllm_kvcompress.engine.scheduler.KVCompressAsyncScheduler"
@@ -77,8 +78,9 @@ def _checked(raw: Any) -> EngineConfig:
     except ValueError as error:
         raise StartupError(" ".join(str(error).split())) from None
     if isinstance(classifier, SequenceClassifier):
-        milliseconds = 1e3 * classifier.seconds()
-        logger.info("kv-compress: task_classifier takes %.0f ms for a long prompt", milliseconds)
+        seconds = classifier.seconds()
+        log = logger.info if seconds < SLOW_CLASSIFIER_S else logger.warning
+        log("kv-compress: task_classifier takes %.0f ms for a long prompt", 1e3 * seconds)
     return config
 
 

@@ -1,12 +1,14 @@
 """The worker's side: threads that fetch and decode, encode and store, off the critical path."""
 
+import math
 import threading
 import time
 from collections import deque
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
 from queue import Empty, SimpleQueue
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -32,6 +34,14 @@ MB = 1 << 20
 
 class Miss(Exception):
     """A chunk that has to be recomputed; the message is the reason it is counted under."""
+
+
+class Arrived(NamedTuple):
+    """A chunk's bytes, as they came under its key."""
+
+    chunk: int
+    key: str
+    data: bytes
 
 
 class Transfers:
@@ -68,13 +78,14 @@ class Transfers:
         self._rates: deque[float] = deque(maxlen=RATES_KEPT)  # bytes per second of transfers
         self._recompute_s: float | None = None  # per chunk, as the next one
         self._decode_s: float | None = None
-        self._on_the_way: set[str] = set()  # loaded for, and without a first token yet
+        self._finish_s: float | None = None  # from the end of a load to the first token
+        self._on_the_way: dict[str, float] = {}  # without a first token yet: when the load ended
 
     def load(self, job: Load) -> None:
         """Begin to bring chunks in; `take_finished` tells when it is done."""
         deadline = job.arrived + (job.ttft_s or 0)
         self._mark(Event.REQUEST, job.request_id, 0, job.prompt_tokens, 0, job.arrived, deadline)
-        self._on_the_way.add(job.request_id)
+        self._on_the_way[job.request_id] = math.inf
         self.tally.add("loads_in_flight")
         self._loaders.submit(self._load, job)
 
@@ -126,16 +137,21 @@ class Transfers:
             per_chunk = (ended - began) / tokens * self.settings.chunk_tokens
             self._recompute_s = _smoothed(self._recompute_s, per_chunk)
         for part in prompts:
-            if part.request_id in self._on_the_way:
-                where = part.request_id, part.first, part.last, 0
-                self._mark(Event.COMPUTE, *where, began, ended)
-                if part.last == part.prompt_tokens:
-                    self._mark(Event.FIRST_TOKEN, *where, ended, ended)
-                    self._on_the_way.discard(part.request_id)
+            if part.request_id not in self._on_the_way:
+                continue
+            where = part.request_id, part.first, part.last, 0
+            self._mark(Event.COMPUTE, *where, began, ended)
+            if part.last == part.prompt_tokens:
+                self._mark(Event.FIRST_TOKEN, *where, ended, ended)
+                loaded = self._on_the_way.pop(part.request_id)
+                if tokens < LEARN_FROM_TOKENS:
+                    self._finish_s = _smoothed(self._finish_s, ended - loaded)
 
     def forget(self, request_ids: set[str]) -> None:
         """These requests have ended."""
-        self._on_the_way -= request_ids
+        with self._lock:
+            for request_id in request_ids:
+                self._on_the_way.pop(request_id, None)
 
     def close(self) -> None:
         for pool in (self._savers, self._loaders, self._fetchers):
@@ -145,10 +161,10 @@ class Transfers:
     def _load(self, job: Load) -> None:
         good_until = job.first_token
         try:
-            for chunk, data in self._stream(job):
+            for arrived in self._stream(job):
                 begun, first = time.time(), good_until
-                level = self._place(job, chunk, data)
-                ended, good_until = time.time(), (chunk + 1) * self.settings.chunk_tokens
+                level = self._place(job, arrived)
+                ended, good_until = time.time(), (arrived.chunk + 1) * self.settings.chunk_tokens
                 self._decode_s = _smoothed(self._decode_s, ended - begun)
                 self._mark(Event.DECODE, job.request_id, first, good_until, level, begun, ended)
                 self.tally.add("decode_seconds", ended - begun)
@@ -161,10 +177,12 @@ class Transfers:
         with self._lock:
             self._missing.update(job.block_ids[max(good_until, job.first_token) // block :])
             self._finished.add(job.request_id)
+            if job.request_id in self._on_the_way:
+                self._on_the_way[job.request_id] = time.time()
 
-    def _stream(self, job: Load) -> Iterator[tuple[int, bytes]]:
-        """(chunk, bytes) in order; the next one is fetched while one is decoded."""
-        arrived: SimpleQueue[tuple[int, bytes] | Exception | None] = SimpleQueue()
+    def _stream(self, job: Load) -> Iterator[Arrived]:
+        """Chunks in order; the next one is fetched while one is decoded."""
+        arrived: SimpleQueue[Arrived | Exception | None] = SimpleQueue()
         given_up = threading.Event()
 
         def fetch_all() -> None:
@@ -173,8 +191,8 @@ class Transfers:
                 for i in range(len(job.digests)):
                     if given_up.is_set():
                         return
-                    data = self._fetch(job, i, policy, undecoded=arrived.qsize() + (i > 0))
-                    arrived.put((job.first_chunk + i, data))
+                    waiting = arrived.qsize() + (i > 0)
+                    arrived.put(self._fetch(job, i, policy, undecoded=waiting))
                 arrived.put(None)
             except Exception as error:
                 arrived.put(error)
@@ -199,9 +217,9 @@ class Transfers:
             return RULES[self.settings.rule](job.ttft_s)
         return FixedLevel(max(self.settings.levels))
 
-    def _fetch(self, job: Load, i: int, policy: StreamPolicy, undecoded: int) -> bytes:
+    def _fetch(self, job: Load, i: int, policy: StreamPolicy, undecoded: int) -> Arrived:
         chunk_tokens, per_chunk_s = self.settings.chunk_tokens, self._recompute_s
-        loaded = len(job.block_ids) * self.pages.block_tokens
+        rest = job.prompt_tokens - len(job.block_ids) * self.pages.block_tokens
         rates = list(self._rates)
         progress = Progress(
             remaining=[self._sizes(levels) for levels in job.levels[i:]],
@@ -212,7 +230,7 @@ class Transfers:
             worst_bytes_per_s=min(rates, default=None),
             decode_s=self._decode_s or 0,
             undecoded=undecoded,
-            finish_s=(per_chunk_s or 0) * (job.prompt_tokens - loaded) / chunk_tokens,
+            finish_s=max(self._finish_s or 0, (per_chunk_s or 0) * rest / chunk_tokens),
         )
         level = policy.choose(progress)
         if level == RECOMPUTE:
@@ -232,10 +250,11 @@ class Transfers:
         self._rates.append(len(data) / max(ended - begun, 1e-6))
         self._seen_bytes[level] = len(data)
         self.tally.add("loaded_bytes", len(data))
-        return data
+        return Arrived(job.first_chunk + i, key, data)
 
-    def _place(self, job: Load, chunk: int, data: bytes) -> int:
+    def _place(self, job: Load, arrived: Arrived) -> int:
         """Decode one chunk into its blocks, those left out that vLLM has already. Its level."""
+        chunk, key, data = arrived
         try:
             header = parse(data, self._chunk_bytes()).header
             shape = len(self.pages.layers), self.pages.heads, self.pages.head_size
@@ -244,6 +263,7 @@ class Transfers:
                 or header.tokens != self.settings.chunk_tokens
                 or header.key != job.digests[chunk - job.first_chunk]
             ):
+                self._discard(key)
                 raise Miss("of_something_else")
             kv = self.codec.decode(data)
         except WrongVersion as error:
@@ -251,6 +271,7 @@ class Transfers:
         except WrongProfile as error:
             raise Miss("other_profile") from error
         except CorruptChunk as error:
+            self._discard(key)
             raise Miss("corrupt") from error
         block = self.pages.block_tokens
         start = chunk * self.settings.chunk_tokens
@@ -262,6 +283,11 @@ class Transfers:
         self.tally.add("loaded_chunks", label=header.level)
         self.tally.add("loaded_raw_bytes", header.raw_bytes)
         return header.level
+
+    def _discard(self, key: str) -> None:
+        """Of no use to anybody: whoever recomputes the chunk next stores it anew."""
+        with suppress(StoreError):
+            self.store.delete(key)
 
     def _save(self, job: Save, kv: np.ndarray, size: int) -> None:
         try:
@@ -313,8 +339,8 @@ def _smoothed(old: float | None, new: float) -> float:
 
 
 def _get_before(
-    queue: "SimpleQueue[tuple[int, bytes] | Exception | None]", end: float
-) -> tuple[int, bytes] | Exception | None:
+    queue: "SimpleQueue[Arrived | Exception | None]", end: float
+) -> Arrived | Exception | None:
     try:
         return queue.get(timeout=max(0.0, end - time.monotonic()))
     except Empty:
