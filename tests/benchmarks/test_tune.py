@@ -105,7 +105,7 @@ def test_the_least_work_that_keeps_98_percent_is_advised() -> None:
 @pytest.mark.engine
 def test_the_demo_model_is_told_to_select_after_its_third_layer(tmp_path) -> None:
     report = tmp_path / "tsp.json"
-    given = ["tune", "tsp-layer", "--n", "6", "--length", "512", "--layers", "1", "2"]
+    given = ["tune", "tsp-layer", "--n", "6", "--length", "700", "--layers", "1", "2"]
     result = CliRunner().invoke(app, [*given, "--threads", "1", "--json", str(report)])
     assert result.exit_code == 0, result.output
     said = json.loads(report.read_text())
