@@ -25,7 +25,7 @@ def save_bert(folder: Path, labels: tuple[str, ...] = LABELS, leaning: str | Non
         label2id={label: i for i, label in enumerate(labels)},
     )
     model = BertForSequenceClassification(config).eval()
-    with torch.inference_mode():
+    with torch.no_grad():
         bias = -model(torch.tensor([[2, letter, 3] for letter in range(5, 10)])).logits.mean(dim=0)
     if leaning is not None:
         bias[labels.index(leaning)] = 1000.0
