@@ -502,7 +502,9 @@ def test_verify_fails_when_nothing_can_be_freed(server, tmp_path, monkeypatch) -
 def test_the_engine_is_still_alive(server, client) -> None:
     assert chat(client).choices[0].message.content
     assert server.process.poll() is None
-    assert "Traceback" not in server.log.read_text()
+    lines = server.log.read_text().splitlines()
+    # In its development mode vLLM tells of malformed bodies with a traceback.
+    assert not [line for line in lines if "Traceback" in line and "[validation.py:" not in line]
 
 
 def test_help_and_refusal_of_the_real_command(model, engine_environment) -> None:
