@@ -256,7 +256,10 @@ def main(
     rounds: Annotated[int, typer.Option(help="Timed rounds of each.", min=1)] = 5,
     threads: Annotated[int, typer.Option(help="The most threads; 0 for all cores.", min=0)] = 0,
     lmcache_python: Annotated[
-        Path | None, typer.Option(help="An interpreter whose environment has lmcache.")
+        Path | None,
+        typer.Option(
+            help="An interpreter whose environment has lmcache.", exists=True, dir_okay=False
+        ),
     ] = None,
     plot: Annotated[Path | None, typer.Option(help="Draw the speeds there.")] = None,
     json: Annotated[Path | None, typer.Option(help="Write the report there.")] = None,
