@@ -1,9 +1,26 @@
 """`--rates 1 8` beside `--rates 1 --rates 8`: lists as people type them."""
 
 from collections.abc import Iterable, Sequence
+from typing import Annotated
 
-from typer import Context
+from typer import BadParameter, Context, Option
 from typer.core import TyperCommand, TyperOption
+
+
+def _in_heads_of_64(hidden: int) -> int:
+    if hidden % 64:
+        raise BadParameter(f"{hidden} is no multiple of 64")
+    return hidden
+
+
+Hidden = Annotated[
+    int,
+    Option(
+        min=64,
+        callback=_in_heads_of_64,
+        help="The random model's hidden size, a multiple of 64.",
+    ),
+]
 
 
 class ListCommand(TyperCommand):

@@ -29,7 +29,7 @@ from vllm_kvcompress.bench.crossover import Point
 from vllm_kvcompress.bench.engine import BLOCK_TOKENS, EngineSpec, Workload, environment
 from vllm_kvcompress.bench.flops import Decoder, Prediction, propagates
 from vllm_kvcompress.bench.harness import Summary, Verdict, cpu_model, paired_ratio, write_report
-from vllm_kvcompress.bench.options import ListCommand
+from vllm_kvcompress.bench.options import Hidden, ListCommand
 from vllm_kvcompress.bench.overhead import COMPRESSION, PROPAGATION, Step, compression_over_rest
 from vllm_kvcompress.bench.process import LineProcess, ProcessEnded
 from vllm_kvcompress.bench.progress import progress_bar
@@ -226,10 +226,7 @@ def _model(
 ) -> Iterator[tuple[str, Decoder | None]]:
     """A model to serve, and its sizes where its operations can be counted."""
     if name is None:
-        try:
-            decoder = Decoder.llama(layers, hidden)
-        except ValueError as error:
-            raise typer.BadParameter(str(error)) from None
+        decoder = Decoder.llama(layers, hidden)
         with decoder.folder(longest) as folder:
             yield folder, decoder
     else:
@@ -272,7 +269,7 @@ def main(
         str | None, typer.Option(help="A model folder or name, instead of a Llama without weights.")
     ] = None,
     layers: Annotated[int, typer.Option(help="Layers of that Llama.", min=2)] = 8,
-    hidden: Annotated[int, typer.Option(help="Its hidden size, a multiple of 64.", min=64)] = 512,
+    hidden: Hidden = 512,
     dtype: Annotated[str, typer.Option(help="As vLLM's `--dtype`.")] = "float32",
     eager: Annotated[
         bool, typer.Option("--eager/--compiled", help="Without or with torch.compile.")

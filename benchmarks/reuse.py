@@ -22,6 +22,7 @@ from vllm_kvcompress.bench.demo_model.language import many_facts_task
 from vllm_kvcompress.bench.engine import BLOCK_TOKENS, FIRST_WORD, MODEL, environment
 from vllm_kvcompress.bench.flops import Decoder
 from vllm_kvcompress.bench.harness import Summary, Verdict, cpu_model, paired_ratio, write_report
+from vllm_kvcompress.bench.options import Hidden
 from vllm_kvcompress.bench.progress import progress_bar
 from vllm_kvcompress.bench.table import Table
 from vllm_kvcompress.bench.vllm_server import CannotStart, VllmServer
@@ -216,7 +217,7 @@ def main(
         str, typer.Option(help="A folder or name, or `demo`; default: random weights.")
     ] = "",
     layers: Annotated[int, typer.Option(help="Layers of the random weights.", min=2)] = 8,
-    hidden: Annotated[int, typer.Option(help="Their hidden size, 64 x 4 x n.", min=256)] = 768,
+    hidden: Hidden = 768,
     context_tokens: Annotated[int, typer.Option(help="Tokens of a context.", min=512)] = 4096,
     level: Annotated[
         int | None, typer.Option(help="Stored and loaded; default: the server's.", min=1, max=4)

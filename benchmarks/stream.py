@@ -20,7 +20,7 @@ from vllm_kvcompress.bench.charts import COLOURS, panels, save
 from vllm_kvcompress.bench.engine import BLOCK_TOKENS, environment
 from vllm_kvcompress.bench.flops import Decoder
 from vllm_kvcompress.bench.harness import Summary, Verdict, cpu_model, write_report
-from vllm_kvcompress.bench.options import ListCommand
+from vllm_kvcompress.bench.options import Hidden, ListCommand
 from vllm_kvcompress.bench.progress import progress_bar
 from vllm_kvcompress.bench.reuse import STATS, Client, contexts
 from vllm_kvcompress.bench.table import Table
@@ -107,7 +107,7 @@ def main(
     ] = "",
     api_key: Annotated[str, typer.Option(help="Of --url.", envvar="VLLM_API_KEY")] = "",
     layers: Annotated[int, typer.Option(help="Layers of the random weights.", min=2)] = 8,
-    hidden: Annotated[int, typer.Option(help="Their hidden size, a multiple of 64.", min=64)] = 768,
+    hidden: Hidden = 768,
     context_tokens: Annotated[int, typer.Option(help="Tokens of the context.", min=512)] = 4096,
     threads: Annotated[int, typer.Option(help="OpenMP threads; 0 for all cores.", min=0)] = 0,
     json: Annotated[Path, typer.Option(help="The report; the picture goes beside it.")] = Path(

@@ -4,6 +4,7 @@ import pytest
 from typer.testing import CliRunner
 
 from vllm_kvcompress.bench import prefill
+from vllm_kvcompress.bench.cli import app
 from vllm_kvcompress.bench.crossover import Point
 from vllm_kvcompress.bench.engine import MODEL, EngineSpec, Round
 from vllm_kvcompress.bench.flops import Cost, Decoder, Flops, Prediction, timed
@@ -158,3 +159,10 @@ def test_an_engine_that_does_not_start_is_one_clear_line(monkeypatch):
     spec = EngineSpec(str(MODEL), cache_blocks=40)
     with pytest.raises(SystemExit, match="the engine under stopwatches has ended: no"):
         stopped(ROWS, [128], spec, count=1, threads=1)
+
+
+@pytest.mark.parametrize("command", ["prefill", "reuse", "stream"])
+def test_a_model_of_another_width_is_refused_in_one_line(command):
+    done = CliRunner().invoke(app, [command, "--hidden", "100"])
+    assert done.exit_code == 2
+    assert "100 is no multiple of 64" in done.output

@@ -22,6 +22,26 @@ class Candidates:
     def tokens(self) -> int:
         return self.positions.shape[-1]
 
+    @staticmethod
+    def kept_before(
+        counts: Tensor, arena: Tensor, tail: Tensor, positions: Tensor, n: int, page_tokens: int
+    ) -> "Candidates":
+        """What was kept at an earlier point and the full tail since, at n tokens.
+
+        Args:
+            counts: int64 `[L, H]` kept pages; arena: int64 `[L, H, P]` their ids, then padding.
+            tail: int64 `[L, H, S]` natural pages.
+            positions: int64, of the kept tokens in (layer, head) order.
+        """
+        kept_pages, tail_pages = arena.shape[-1], tail.shape[-1]
+        pages = torch.cat([arena, torch.zeros_like(tail)], dim=-1)
+        pages.scatter_(2, counts[..., None] + torch.arange(tail_pages, device=tail.device), tail)
+        column = torch.arange((kept_pages + tail_pages) * page_tokens, device=tail.device)
+        kept_tokens, tail_tokens = counts[..., None] * page_tokens, tail_pages * page_tokens
+        where = n - tail_tokens + column - kept_tokens
+        where.masked_scatter_(column < kept_tokens, positions)
+        return Candidates(pages, where, column < kept_tokens + tail_tokens)
+
     def of_layer(self, layer: int) -> "Candidates":
         """What scorers see of one layer: the same without the dimension L."""
         shared = self.positions.dim() == 1

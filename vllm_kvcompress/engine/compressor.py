@@ -334,8 +334,7 @@ class Compressor:
         pool = self.pool
         blocks = pool.ids(natural[: accounting.ceil_div(due.point, pool.page_tokens)])
         if request.selected is not None:
-            layer = self.tsp_layer(due.request_id)
-            pages = pool.page_ids(blocks)
+            layer, pages = self.tsp_layer(due.request_id), pool.page_ids(blocks)
             return SelectedCandidates.of(
                 pages, pool.page_tokens, due.point, request.selected, layer
             )
@@ -343,19 +342,11 @@ class Compressor:
             positions = torch.arange(due.point, device=pool.device)
             return Candidates(pool.page_ids(blocks), positions, None)
         assert request.plan.slack_blocks is not None and request.positions is not None
-        tail_blocks = request.plan.slack_blocks
-        tail = pool.page_ids(blocks[-tail_blocks:])
+        tail = pool.page_ids(blocks[-request.plan.slack_blocks :])
         counts, arena = self.tables.arena(due.request_id)
-        width = arena.shape[-1] + tail_blocks
-        pages = arena.new_zeros((*arena.shape[:2], width))
-        pages[..., : arena.shape[-1]] = arena
-        pages.scatter_(2, counts[..., None] + torch.arange(tail_blocks, device=pool.device), tail)
-        column = torch.arange(width * pool.page_tokens, device=pool.device)
-        kept_tokens = counts[..., None] * pool.page_tokens
-        tail_tokens = tail_blocks * pool.page_tokens
-        positions = due.point - tail_tokens + column - kept_tokens
-        positions.masked_scatter_(column < kept_tokens, request.positions)
-        return Candidates(pages, positions, column < kept_tokens + tail_tokens)
+        return Candidates.kept_before(
+            counts, arena, tail, request.positions, due.point, pool.page_tokens
+        )
 
     def _score(self, policy: Policy, request: _Request, candidates: Candidates) -> Tensor:
         """f32 `[L, H, n]` of all candidates."""
