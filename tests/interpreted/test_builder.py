@@ -14,6 +14,7 @@ from vllm_kvcompress.engine.attention.triton import TritonEngine
 from vllm_kvcompress.engine.device import HeadPathBuilder
 from vllm_kvcompress.engine.device_batch import Scratch
 from vllm_kvcompress.engine.device_compressor import DeviceCompressor
+from vllm_kvcompress.engine.device_judge import DeviceJudge
 from vllm_kvcompress.engine.runners import FirstRunner, SecondRunner, runner_of
 from vllm_kvcompress.engine.worker import StepView
 from vllm_kvcompress.kernels import attend_pages_reference, split_pages
@@ -62,7 +63,8 @@ def batch():
     """Rows a, b, c of a runner with persistent buffers; a and c are compressed on demand."""
     cache = noise(BLOCKS, LAYERS, HEADS, B, 2 * SIZE)
     pool = PagePool([cache[:, layer] for layer in range(LAYERS)], PageFormat.by_token(B, SIZE))
-    compressor = DeviceCompressor(EngineConfig(), pool, SIZE**-0.5, lambda own: own, ROWS, WIDTH)
+    judge = DeviceJudge(EngineConfig(), pool, SIZE**-0.5)
+    compressor = DeviceCompressor(EngineConfig(), pool, judge, ROWS, WIDTH)
     compressor._in_step = True
     runner = SimpleNamespace(
         input_batch=SimpleNamespace(req_ids=["a", "b", "c"]), requests={}, attn_groups=[]
