@@ -3,10 +3,20 @@
 from random import Random
 
 import pytest
-from engine.engines import ask, compressor_of, counted, engine, greedy, prompt, runner_of
+from engine.engines import (
+    ask,
+    compressor_of,
+    counted,
+    engine,
+    greedy,
+    prompt,
+    runner_of,
+    scheduler_of,
+)
 from vllm import envs
 
 from vllm_kvcompress.engine.device_compressor import DeviceCompressor
+from vllm_kvcompress.engine.stats import WorkerStats
 
 SAID = 3
 MODULES = {"0": "vllm.v1.worker.cpu_model_runner", "1": "vllm.v1.worker.cpu.model_runner"}
@@ -18,9 +28,14 @@ def said(attention_engine: str, max_requests: int):
     settings = {"attention_engine": attention_engine, "rate": 4, "window_tokens": 8}
     llm = engine(settings, blocks=60, step_tokens=40, max_requests=max_requests)
     params = [greedy(SAID, {"kv_compress_question": 5}), greedy(SAID + 2)]
-    with counted(compressor_of(llm), "_compress") as compressions:
+    with (
+        counted(compressor_of(llm), "_compress") as compressions,
+        counted(scheduler_of(llm), "make_stats") as stats,
+    ):
         answers = ask(llm, [prompt(rng, 70), prompt(rng, 7)], params)
-    assert len(compressions) == 1
+    sent = [stat.data for args in stats for stat in args if isinstance(stat, WorkerStats)]
+    seconds = [took for data in sent for took in data["seconds"]]
+    assert len(compressions) == len(seconds) == 1 and seconds[0] > 0
     compressor_of(llm).check_integrity()
     return llm, [answer.tokens for answer in answers]
 
