@@ -51,5 +51,5 @@ def select_positions(saliency: Tensor, tokens: int, last: int) -> Tensor:
     """
     worth = saliency.float().nan_to_num(nan=-torch.inf).clone()
     worth[len(worth) - last :] = torch.inf
-    count = torch.tensor(tokens, device=worth.device)
-    return largest(worth, count).nonzero().view(-1)
+    count = torch.full((), tokens, device=worth.device)
+    return torch.nonzero_static(largest(worth, count), size=tokens).view(-1)
