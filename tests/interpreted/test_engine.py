@@ -3,7 +3,16 @@
 from random import Random
 
 import pytest
-from engine.engines import ask, compressor_of, counted, engine, greedy, prompt, runner_of
+from engine.engines import (
+    ask,
+    compressor_of,
+    counted,
+    engine,
+    greedy,
+    prompt,
+    propagation_of,
+    runner_of,
+)
 from vllm import envs
 
 from vllm_kvcompress.engine.device_compressor import DeviceCompressor
@@ -13,15 +22,30 @@ MODULES = {"0": "vllm.v1.worker.cpu_model_runner", "1": "vllm.v1.worker.cpu.mode
 
 
 def said(attention_engine: str, max_requests: int):
-    """A prompt in chunks, whose question meets compressed pages, beside one that only decodes."""
+    """Prompts in chunks, whose questions meet compressed or held pages, beside one that decodes.
+
+    The deep layers see 38 tokens of 70.
+    """
     rng = Random(3)
     settings = {"attention_engine": attention_engine, "rate": 4, "window_tokens": 8}
     llm = engine(settings, blocks=60, step_tokens=40, max_requests=max_requests)
-    params = [greedy(SAID, {"kv_compress_question": 5}), greedy(SAID + 2)]
-    with counted(compressor_of(llm), "_compress") as compressions:
-        answers = ask(llm, [prompt(rng, 70), prompt(rng, 7)], params)
-    assert len(compressions) == 1
-    compressor_of(llm).check_integrity()
+    prompts = [prompt(rng, n) for n in (70, 7, 75, 70)]
+    question = {"kv_compress_question": 5}
+    params = [
+        greedy(SAID, question),
+        greedy(SAID + 2),
+        greedy(SAID, question | {"kv_compress": "tsp"}),
+        greedy(SAID, {"kv_compress": "fastkv"}),
+    ]
+    compressor = compressor_of(llm)
+    with (
+        counted(compressor, "_compress") as compressions,
+        counted(compressor, "_hold") as held,
+        counted(propagation_of(llm), "_go_on") as selections,
+    ):
+        answers = ask(llm, prompts, params)
+    assert (len(compressions), len(held), len(selections)) == (2, 1, 2)
+    compressor.check_integrity()
     return llm, [answer.tokens for answer in answers]
 
 
