@@ -436,7 +436,8 @@ class Storm:
         """Read all that attention would read, and hand over the queries to keep aside."""
         starts = np.zeros(len(names) + 1, dtype=np.int32)
         np.cumsum(counts, out=starts[1:])
-        batch, captures = self.compressor.lay_out(
+        captures = self.compressor.captures(names, starts)
+        batch = self.compressor.lay_out(
             names, starts, ends.astype(np.int32), lambda name: self.runner[name]
         )
         rows = (

@@ -202,28 +202,23 @@ class Compressor:
         query_start: np.ndarray,
         seq_lens: np.ndarray,
         block_ids: BlockIds,
-    ) -> tuple[HeadBatch | None, list[Capture]]:
-        """What attention needs to know of a step's batch.
+    ) -> HeadBatch | None:
+        """The compressed requests of a step's batch as a batch of heads, None without any.
 
         Args:
             request_ids: the batch's requests, row by row.
             query_start: int `[num_reqs + 1]` first token of each row.
             seq_lens: int `[num_reqs]` tokens of each once the step is done.
-
-        Returns:
-            The compressed requests as a batch of heads, None when there are none; and the
-            queries to keep aside. Outside a step (a dummy run) there is neither.
         """
         assert isinstance(self.tables, PageTables)
-        captures = self.captures(request_ids, query_start)
         slots = self.rows(request_ids)
         if not slots:
-            return None, captures
+            return None
         slots.sort(key=lambda pair: pair[1])
         rows = [row for row, _ in slots]
         natural = [block_ids(request_ids[row]) for row in rows]
         ends = seq_lens[rows].astype(np.int64)
-        return HeadBatch.build(self.tables, slots, query_start, ends, natural), captures
+        return HeadBatch.build(self.tables, slots, query_start, ends, natural)
 
     def captures(self, request_ids: Sequence[str], query_start: np.ndarray) -> list[Capture]:
         """The queries of the step's batch to keep aside; none outside a step."""
@@ -265,13 +260,11 @@ class Compressor:
     def _hold(self, due: _Due, natural: list[int]) -> None:
         """Let attention read what each layer holds of a prompt, in the pages where it is."""
         request, pool = self._requests[due.request_id], self.pool
-        assert request.selected is not None and isinstance(self.tables, PageTables)
+        assert request.selected is not None
         full = due.point // pool.page_tokens
-        pages = pool.page_ids(torch.tensor(natural[:full]))
-        counts = torch.full(pages.shape[:2], full)
+        counts = torch.full((pool.num_layers, pool.num_heads), full, device=pool.device)
         counts[self.tsp_layer(due.request_id) + 1 :] = len(request.selected) // pool.page_tokens
-        held = torch.arange(full) < counts[..., None]
-        self.tables.put(due.request_id, counts, pages[held], full * pool.page_tokens)
+        self.tables.hold(due.request_id, counts, natural[:full])
         request.window = request.selected = None
 
     def _compress(self, due: _Due, arena: list[int], natural: list[int]) -> None:
