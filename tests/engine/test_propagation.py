@@ -20,6 +20,7 @@ from engine.engines import (
     free_blocks,
     greedy,
     prompt,
+    propagation_of,
     scheduler_of,
     steps,
 )
@@ -39,11 +40,6 @@ from vllm_kvcompress.presets import shipped_presets
 
 pytestmark = pytest.mark.engine
 LAYER, WINDOW = 1, 8  # of 4 layers; as published
-
-
-def propagation_of(llm):
-    executor = llm.llm_engine.engine_core.engine_core.model_executor
-    return executor.driver_worker.worker.propagation
 
 
 def selected_tokens(n, rate=0.2):

@@ -9,8 +9,21 @@ from types import SimpleNamespace
 
 os.environ["TORCHDYNAMO_DISABLE"] = "1"  # inductor would ask the stand-in for a compiler
 
+import shutil
+
+import pytest
 import torch
 from triton.backends import backends
 
+from kernels import on_host
+
 backends["cpu"] = SimpleNamespace(driver=SimpleNamespace(is_active=lambda: True), compiler=None)
 torch.cuda.get_device_capability = lambda device=None: (9, 0)  # asked for by vLLM's cache kernel
+
+
+@pytest.fixture(scope="session")
+def cuda_on_host(tmp_path_factory):
+    """The CUDA kernels built for this CPU."""
+    if (compiler := shutil.which("g++")) is None:
+        pytest.skip("no g++ here to build the CUDA kernels for the CPU")
+    return on_host.build(compiler, on_host.PAGES, tmp_path_factory.mktemp("pages"))

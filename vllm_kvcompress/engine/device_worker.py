@@ -10,10 +10,12 @@ from vllm.v1.attention.backends.registry import AttentionBackendEnum
 
 from vllm_kvcompress.accounting import ceil_div
 from vllm_kvcompress.config import EngineConfig, parse_engine_config
+from vllm_kvcompress.engine import page_kernels
 from vllm_kvcompress.engine.attention import load
 from vllm_kvcompress.engine.compressor import Compressor
 from vllm_kvcompress.engine.device_batch import Scratch
 from vllm_kvcompress.engine.device_compressor import DeviceCompressor
+from vllm_kvcompress.engine.device_judge import DeviceJudge
 from vllm_kvcompress.engine.worker import PerHeadWorker, mean_over_ranks
 from vllm_kvcompress.paging.pool import PageFormat, PagePool
 
@@ -37,7 +39,9 @@ class DeviceWorker(PerHeadWorker):
         return resolve_obj_by_qualname(BACKENDS[self.replaced_backend.name])
 
     def load_model(self, **kwargs: Any) -> None:
-        self._engine = load(self._config().attention_engine)()
+        config = self._config()
+        self._engine = load(config.attention_engine)()
+        self._cuda = page_kernels.load_cuda(config.kernels)
         super().load_model(**kwargs)
 
     def page_format(self, layer: AttentionLayer, cache: Tensor) -> PageFormat:
@@ -47,7 +51,15 @@ class DeviceWorker(PerHeadWorker):
     def make_compressor(self, config: EngineConfig, pool: PagePool, scale: float) -> Compressor:
         rows, _, width = self._sizes()
         self._scratch = Scratch(rows, pool.num_heads, width, pool.device)
-        return DeviceCompressor(config, pool, scale, mean_over_ranks, rows, width)
+        model = self.vllm_config.model_config  # type: ignore[attr-defined]
+        parallel = self.vllm_config.parallel_config  # type: ignore[attr-defined]
+        group = model.get_num_attention_heads(parallel) // pool.num_heads
+        kernels = page_kernels.choose(
+            config.kernels, self._cuda, pool, group, self._scratch, model.max_model_len
+        )
+        self._engine.use(kernels.attend)
+        judge = DeviceJudge(config, pool, scale, mean_over_ranks)
+        return DeviceCompressor(config, pool, judge, rows, width, kernels.compact)
 
     def bind(self, impl: Any, pool: PagePool, pool_layer: int) -> None:
         impl.bind(pool, pool_layer, self._engine)

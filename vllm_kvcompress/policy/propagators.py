@@ -10,7 +10,7 @@ from torch import Tensor
 from vllm_kvcompress.policy.attention import AttentionScorer
 from vllm_kvcompress.policy.interfaces import Propagator
 from vllm_kvcompress.policy.observation import Observation
-from vllm_kvcompress.policy.ranking import largest
+from vllm_kvcompress.policy.ranking import indices_of, largest
 from vllm_kvcompress.policy.registry import register_propagator
 
 
@@ -51,5 +51,5 @@ def select_positions(saliency: Tensor, tokens: int, last: int) -> Tensor:
     """
     worth = saliency.float().nan_to_num(nan=-torch.inf).clone()
     worth[len(worth) - last :] = torch.inf
-    count = torch.tensor(tokens, device=worth.device)
-    return largest(worth, count).nonzero().view(-1)
+    count = torch.full((), tokens, device=worth.device)
+    return indices_of(largest(worth, count), tokens)
