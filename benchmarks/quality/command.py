@@ -263,7 +263,7 @@ def main(
     concurrency: Annotated[
         int, typer.Option(min=1, max=1024, help="Requests at once; 1 repeats to the last token.")
     ] = 64,
-    block_tokens: Annotated[int, typer.Option(help="Tokens of a block.")] = BLOCK_TOKENS,
+    block_tokens: Annotated[int, typer.Option(min=1, help="Tokens of a block.")] = BLOCK_TOKENS,
     cache_blocks: Annotated[int, typer.Option(min=0, help="0: enough.")] = 0,
     dtype: ModelsDtype = "",
     threads: Threads = 0,
