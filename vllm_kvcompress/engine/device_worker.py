@@ -14,6 +14,7 @@ from vllm_kvcompress.engine.attention import load
 from vllm_kvcompress.engine.compressor import Compressor
 from vllm_kvcompress.engine.device_batch import Scratch
 from vllm_kvcompress.engine.device_compressor import DeviceCompressor
+from vllm_kvcompress.engine.device_judge import DeviceJudge
 from vllm_kvcompress.engine.worker import PerHeadWorker, mean_over_ranks
 from vllm_kvcompress.paging.pool import PageFormat, PagePool
 
@@ -47,7 +48,8 @@ class DeviceWorker(PerHeadWorker):
     def make_compressor(self, config: EngineConfig, pool: PagePool, scale: float) -> Compressor:
         rows, _, width = self._sizes()
         self._scratch = Scratch(rows, pool.num_heads, width, pool.device)
-        return DeviceCompressor(config, pool, scale, mean_over_ranks, rows, width)
+        judge = DeviceJudge(config, pool, scale, mean_over_ranks)
+        return DeviceCompressor(config, pool, judge, rows, width)
 
     def bind(self, impl: Any, pool: PagePool, pool_layer: int) -> None:
         impl.bind(pool, pool_layer, self._engine)

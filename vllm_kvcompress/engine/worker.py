@@ -28,6 +28,7 @@ from vllm.v1.kv_cache_interface import KVCacheConfig
 from vllm_kvcompress.config import EngineConfig, parse_engine_config
 from vllm_kvcompress.engine.batch import HeadBatch
 from vllm_kvcompress.engine.compressor import Compressor
+from vllm_kvcompress.engine.judge import Judge
 from vllm_kvcompress.engine.propagation import Propagation
 from vllm_kvcompress.engine.runners import ANY, FULL, Runner, runner_of
 from vllm_kvcompress.engine.stash import Stash
@@ -141,7 +142,7 @@ class PerHeadWorker:
 
     def make_compressor(self, config: EngineConfig, pool: PagePool, scale: float) -> Compressor:
         """The compressor of this worker's pages."""
-        return Compressor(config, pool, scale, mean_over_ranks)
+        return Compressor(config, pool, Judge(config, pool, scale, mean_over_ranks))
 
     def bind(self, impl: Any, pool: PagePool, pool_layer: int) -> None:
         """Tell a layer's attention where its pages are."""
