@@ -3,7 +3,7 @@
 from types import SimpleNamespace as Bag
 
 import pytest
-from vllm.config import KVTransferConfig
+from vllm.config import CompilationMode, KVTransferConfig
 from vllm.engine.arg_utils import EngineArgs
 from vllm.v1.attention.backends import fa_utils
 
@@ -288,13 +288,14 @@ def test_bad_settings_of_propagation_and_tasks_are_one_line(settings, says) -> N
 
 
 def test_models_whose_layers_are_not_known_are_refused_by_name() -> None:
-    def of(architecture: str, lora=None) -> Bag:
+    def of(architecture: str, lora=None, mode=CompilationMode.VLLM_COMPILE) -> Bag:
         model = {
             "architectures": [architecture],
             "max_model_len": 512,
             "get_total_num_hidden_layers": lambda: 8,
         }
-        return Bag(model_config=Bag(**model), lora_config=lora)
+        compilation = Bag(mode=mode)
+        return Bag(model_config=Bag(**model), lora_config=lora, compilation_config=compilation)
 
     plain, fastkv = EngineConfig(), EngineConfig(preset="fastkv")
     for known in ("LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM"):
@@ -304,6 +305,8 @@ def test_models_whose_layers_are_not_known_are_refused_by_name() -> None:
         name = "LoRA" if lora else unknown
         with pytest.raises(StartupError, match=f"'fastkv'.* does not work with {name}"):
             with_tsp_capacity(fastkv, of(unknown, lora))
+    with pytest.raises(StartupError, match="does not work with compilation mode STOCK"):
+        with_tsp_capacity(fastkv, of(known, mode=CompilationMode.STOCK_TORCH_COMPILE))
     without = with_tsp_capacity(plain, of("GPT2LMHeadModel"))
     assert set(plain.asked_presets()) == {"kv-compress"}, "others must not keep it from starting"
     with pytest.raises(ValueError, match="'tsp' propagates selected tokens, which this server"):
