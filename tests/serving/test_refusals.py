@@ -216,6 +216,12 @@ def test_an_engine_that_is_not_here_is_refused(engine, says) -> None:
         engine_args(additional_config=settings).create_engine_config()
 
 
+def test_a_choice_of_gpu_kernels_is_refused_on_a_cpu() -> None:
+    settings = {"kv_compress": {"kernels": "cuda"}}
+    with pytest.raises(StartupError, match=r"kernels=cuda is for GPUs, .*: leave it out"):
+        engine_args(additional_config=settings).create_engine_config()
+
+
 def test_a_gpu_engine_refuses_what_only_the_cpu_has() -> None:
     config = fake_config(parallel={"data_parallel_size": 2, "use_ubatching": False})
     config.kv_transfer_config = None

@@ -10,7 +10,7 @@ from torch import Tensor
 from vllm_kvcompress.policy.attention import AttentionScorer
 from vllm_kvcompress.policy.interfaces import Propagator
 from vllm_kvcompress.policy.observation import Observation
-from vllm_kvcompress.policy.ranking import largest
+from vllm_kvcompress.policy.ranking import indices_of, largest
 from vllm_kvcompress.policy.registry import register_propagator
 
 
@@ -53,4 +53,4 @@ def select_positions(saliency: Tensor, tokens: int, last: int) -> Tensor:
     worth = saliency.float().nan_to_num(nan=-torch.inf).clone()
     worth[len(worth) - last :] = torch.inf
     count = torch.full((), tokens, device=worth.device)
-    return torch.nonzero_static(largest(worth, count), size=tokens).view(-1)
+    return indices_of(largest(worth, count), tokens)
