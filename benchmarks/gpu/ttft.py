@@ -50,7 +50,7 @@ class Scale:
 ON_GPU = Scale(
     replace(Decoder.llama(16, 4096), intermediate=14336, heads=32, kv_heads=8, head_size=128),
     lengths=(4096, 16384),
-    rounds=5,
+    rounds=3,
     dtype="bfloat16",
     block_tokens=16,
 )
