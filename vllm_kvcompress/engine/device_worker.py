@@ -58,6 +58,8 @@ class DeviceWorker(PerHeadWorker):
             config.kernels, self._cuda, pool, group, self._scratch, model.max_model_len
         )
         self._engine.use(kernels.attend)
+        for call in page_kernels.batches(pool, group, self._scratch, model.max_model_len, 1):
+            self._engine.attend(call)  # whatever it compiles, it compiles now
         judge = DeviceJudge(config, pool, scale, mean_over_ranks)
         return DeviceCompressor(config, pool, judge, rows, width, kernels.compact)
 
@@ -69,7 +71,8 @@ class DeviceWorker(PerHeadWorker):
         builder.scratch = self._scratch
 
     def reserved_bytes(self, config: EngineConfig) -> int:
-        return super().reserved_bytes(config) + Scratch.bytes_of(*self._sizes())
+        own = Scratch.bytes_of(*self._sizes()) + self._engine.workspace_bytes
+        return super().reserved_bytes(config) + own
 
     def _config(self) -> EngineConfig:
         vllm_config = self.vllm_config  # type: ignore[attr-defined]
