@@ -82,7 +82,9 @@ class DeviceWorker(PerHeadWorker):
         """Rows of the largest batch, KV heads of this rank, blocks of the longest request."""
         config = self.vllm_config  # type: ignore[attr-defined]
         rows = config.scheduler_config.max_num_seqs
-        graphs = config.compilation_config.max_cudagraph_capture_size or 0
+        compilation, graphs = config.compilation_config, 0
+        if compilation.cudagraph_mode.has_full_cudagraphs():
+            graphs = compilation.max_cudagraph_capture_size or 0
         heads = config.model_config.get_num_kv_heads(config.parallel_config)
         blocks = ceil_div(config.model_config.max_model_len, config.cache_config.block_size)
         return max(rows, graphs), heads, blocks
