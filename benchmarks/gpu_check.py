@@ -26,12 +26,12 @@ LIMITS_S = {
     "kernels": 80,
     "graphs": 30,
     "bandwidth": 40,
-    "identity": 90,
-    "throughput-plain": 55,
-    "throughput-1": 55,
-    "throughput-8": 55,
-    "throughput-64": 55,
-    "ttft": 5,
+    "identity": 81,
+    "throughput-plain": 46,
+    "throughput-1": 46,
+    "throughput-8": 46,
+    "throughput-64": 46,
+    "ttft": 50,
     "codec": 10,
 }
 SECTION = "vllm_kvcompress.bench.gpu.section"

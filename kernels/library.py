@@ -48,14 +48,25 @@ def cuda_library() -> Path | None:
     at once, one builds. None where there is no NVIDIA GPU, and, with a line in the log, where
     there is neither a library nor a way to build one.
     """
-    if torch.version.cuda is None or not torch.cuda.is_available():
+    if not _has_gpu():
         return None
-    architecture = "sm_{}{}".format(*torch.cuda.get_device_capability())
     try:
+        architecture = this_architecture()
         return find(architecture) or build(architecture)
     except CannotBuild as error:
         logger.warning("kv-compress: no CUDA kernels, Triton's instead: %s", error)
         return None
+
+
+def this_architecture() -> str:
+    """The current GPU's, as nvcc names it.
+
+    Raises:
+        CannotBuild: there is no NVIDIA GPU.
+    """
+    if not _has_gpu():
+        raise CannotBuild("there is no NVIDIA GPU here: name one with --arch, such as sm_90")
+    return "sm_{}{}".format(*torch.cuda.get_device_capability())
 
 
 def find(architecture: str) -> Path | None:
@@ -128,6 +139,10 @@ def find_nvcc() -> str | None:
     homes = (os.environ.get("CUDA_HOME"), "/usr/local/cuda")
     folders = os.pathsep.join(f"{home}/bin" for home in homes if home)
     return shutil.which("nvcc") or shutil.which("nvcc", path=folders)
+
+
+def _has_gpu() -> bool:
+    return torch.version.cuda is not None and torch.cuda.is_available()
 
 
 @cache

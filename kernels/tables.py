@@ -193,21 +193,22 @@ def _write_tables(
     start = tl.load(starts + slot * (LANES + 1) + lane, mask=compressed, other=0)
     stop = tl.load(starts + slot * (LANES + 1) + lane + 1, mask=compressed, other=0)
     tail = tl.load(tails + slot, mask=compressed, other=0)
-    has_arena = tl.load(held + slot, mask=compressed, other=0) == 0
     kept = stop - start
+    in_arena = kept * (1 - tl.load(held + slot, mask=compressed, other=0))
     tail_tokens = seq_len - tail * PAGE_TOKENS
     pages = kept + tl.cdiv(tail_tokens, PAGE_TOKENS)
 
     column = tl.program_id(2) * BLOCK + tl.arange(0, BLOCK)
     used = column < tl.minimum(pages, width)
-    in_arena = used & (column < kept) & has_arena
     ordinal = start + column
     arena_at = arena_blocks + slot * arena_stride + ordinal // LANES
-    arena_block = tl.load(arena_at, mask=in_arena, other=0)
+    arena_block = tl.load(arena_at, mask=used & (column < in_arena), other=0)
     natural = tl.where(column < kept, column, tail + column - kept)
     natural_at = block_table + row.to(tl.int64) * table_stride + natural
-    natural_block = tl.load(natural_at, mask=used & ~in_arena, other=0)
-    page = tl.where(in_arena, arena_block * LANES + ordinal % LANES, natural_block * LANES + lane)
+    natural_block = tl.load(natural_at, mask=used & (column >= in_arena), other=0)
+    page = tl.where(
+        column < in_arena, arena_block * LANES + ordinal % LANES, natural_block * LANES + lane
+    )
     sequence = (layer * rows + row).to(tl.int64) * HEADS + head
     tl.store(tables + sequence * width + column, page, mask=used)
     if tl.program_id(2) == 0:

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import vllm_kvcompress
-from vllm_kvcompress.bench.gpu.skipped import Skipped, need_gpu
+from vllm_kvcompress.bench.gpu.skipped import need_gpu
 
 DEMO = Path(vllm_kvcompress.__file__).parent / "demo_model"
 # The shape of an 8B model; its weights are random and never saved.
@@ -141,8 +141,3 @@ def throughput(rate: int | str) -> dict[str, Any]:
     found = f"{PROMPTS * SAID / seconds:.0f} output tokens/s, {seconds:.1f} s"
     what = f"{name}, {PROMPTS} prompts of {PROMPT_TOKENS}, cache of {CACHE_TOKENS} tokens"
     return {"rows": [{"what": what, "found": found}], "output_tokens_s": PROMPTS * SAID / seconds}
-
-
-def ttft() -> dict[str, Any]:
-    """Time to the first token with token-selective propagation."""
-    raise Skipped("token-selective propagation works with attention_engine=cpu only, so far")

@@ -11,7 +11,7 @@ from vllm_kvcompress.bench.gpu.skipped import Skipped
 
 def sections() -> dict[str, Callable[[], dict[str, Any]]]:
     """What each section runs, by name; a result has `rows` of what, found and bound."""
-    from vllm_kvcompress.bench.gpu import engines, kernels, speed
+    from vllm_kvcompress.bench.gpu import engines, kernels, speed, ttft
 
     throughput = {f"throughput-{rate}": rate for rate in ("plain", 1, 8, 64)}
     return {
@@ -20,7 +20,7 @@ def sections() -> dict[str, Callable[[], dict[str, Any]]]:
         "bandwidth": speed.decode_bandwidth,
         "identity": engines.identity,
         **{name: lambda rate=rate: engines.throughput(rate) for name, rate in throughput.items()},
-        "ttft": engines.ttft,
+        "ttft": ttft.ttft,
         "codec": speed.codec,
     }
 

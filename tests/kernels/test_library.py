@@ -7,7 +7,9 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
+from typer.testing import CliRunner
 
+from vllm_kvcompress.cli import app
 from vllm_kvcompress.kernels import library
 from vllm_kvcompress.kernels.library import CannotBuild, build, cuda_library, find
 
@@ -123,3 +125,29 @@ def test_without_nvcc_there_is_none_and_one_line_says_so(calls, a_gpu, monkeypat
 def test_without_a_gpu_there_is_none_and_nothing_is_said(calls, caplog):
     cuda_library.cache_clear()
     assert cuda_library() is None and not caplog.messages
+
+
+def command(*arguments):
+    return CliRunner().invoke(app, ["build-cuda", *arguments], env={"COLUMNS": "160"})
+
+
+def test_images_are_built_with_a_library_for_all_their_users(calls, a_gpu, tmp_path, monkeypatch):
+    monkeypatch.setattr(library, "IN_PACKAGE", tmp_path / "csrc/built")
+    ran = command("--in-package", "--arch", "sm_80", "--arch", "sm_90")
+    assert ran.exit_code == 0 and len(calls()) == 2 * len(library.SOURCES)
+    assert str(cuda_library()) in ran.output and cuda_library().parent == tmp_path / "csrc/built"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "says"),
+    [
+        ([], 1, "no NVIDIA GPU here: name one with --arch"),
+        (["--arch", "sm_70"], 1, "builds for sm_80, sm_90, not for 'sm_70'"),
+        (["--arch", "sm_90;ls"], 2, "such as sm_90"),
+        (["--arch", "sm_90"] * 17, 2, "at most 16"),
+    ],
+)
+def test_a_build_that_cannot_be_says_why(calls, arguments, code, says):
+    ran = command(*arguments)
+    assert ran.exit_code == code and says in ran.output
+    assert "Traceback" not in ran.output

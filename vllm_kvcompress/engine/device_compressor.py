@@ -1,5 +1,7 @@
 """The compressor where the pages are on a GPU: the same steps, by the kernels for it."""
 
+from collections.abc import Callable
+
 from torch import Tensor
 
 from vllm_kvcompress.config import EngineConfig
@@ -15,6 +17,7 @@ class DeviceCompressor(Compressor):
 
     Args:
         most_requests, most_blocks: see `DeviceTables`.
+        copy: does what `kernels.compact` does.
     """
 
     tables: DeviceTables
@@ -26,8 +29,9 @@ class DeviceCompressor(Compressor):
         judge: Judge,
         most_requests: int,
         most_blocks: int,
+        copy: Callable[..., None] = compact,
     ) -> None:
-        self._sizes = most_requests, most_blocks
+        self._sizes, self._compact = (most_requests, most_blocks), copy
         super().__init__(config, pool, judge)
         self._keys, self._values = split_pages(pool.cache)
 
@@ -35,4 +39,4 @@ class DeviceCompressor(Compressor):
         return DeviceTables(self.pool, *self._sizes)
 
     def _copy(self, candidates: Tensor, tokens: int, kept: Tensor, arena_blocks: Tensor) -> None:
-        compact(self._keys, self._values, candidates, tokens, kept, arena_blocks)
+        self._compact(self._keys, self._values, candidates, tokens, kept, arena_blocks)

@@ -9,6 +9,7 @@ from vllm.v1.attention.backends.registry import AttentionBackendEnum
 
 from vllm_kvcompress.accounting import ceil_div
 from vllm_kvcompress.config import EngineConfig, parse_engine_config
+from vllm_kvcompress.engine import page_kernels
 from vllm_kvcompress.engine.attention import load
 from vllm_kvcompress.engine.compressor import Compressor
 from vllm_kvcompress.engine.device_batch import Scratch
@@ -37,14 +38,25 @@ class DeviceWorker(PerHeadWorker):
         return resolve_obj_by_qualname(BACKENDS[self.replaced_backend.name])
 
     def load_model(self, **kwargs: Any) -> None:
-        self._engine = load(self._config().attention_engine)()
+        config = self._config()
+        self._engine = load(config.attention_engine)()
+        self._cuda = page_kernels.load_cuda(config.kernels)
         super().load_model(**kwargs)
 
     def make_compressor(self, config: EngineConfig, pool: PagePool, scale: float) -> Compressor:
         rows, _, width = self._sizes()
         self._scratch = Scratch(rows, pool.num_heads, width, pool.device)
+        model = self.vllm_config.model_config  # type: ignore[attr-defined]
+        parallel = self.vllm_config.parallel_config  # type: ignore[attr-defined]
+        group = model.get_num_attention_heads(parallel) // pool.num_heads
+        kernels = page_kernels.choose(
+            config.kernels, self._cuda, pool, group, self._scratch, model.max_model_len
+        )
+        self._engine.use(kernels.attend)
+        for call in page_kernels.batches(pool, group, self._scratch, model.max_model_len, 1):
+            self._engine.attend(call)  # whatever it compiles, it compiles now
         judge = DeviceJudge(config, pool, scale, mean_over_ranks)
-        return DeviceCompressor(config, pool, judge, rows, width)
+        return DeviceCompressor(config, pool, judge, rows, width, kernels.compact)
 
     def bind(self, impl: Any, pool: PagePool, pool_layer: int) -> None:
         impl.bind(pool, pool_layer, self._engine)
@@ -54,7 +66,8 @@ class DeviceWorker(PerHeadWorker):
         builder.scratch = self._scratch
 
     def reserved_bytes(self, config: EngineConfig) -> int:
-        return super().reserved_bytes(config) + Scratch.bytes_of(*self._sizes())
+        own = Scratch.bytes_of(*self._sizes()) + self._engine.workspace_bytes
+        return super().reserved_bytes(config) + own
 
     def _config(self) -> EngineConfig:
         vllm_config = self.vllm_config  # type: ignore[attr-defined]
@@ -64,7 +77,9 @@ class DeviceWorker(PerHeadWorker):
         """Rows of the largest batch, KV heads of this rank, blocks of the longest request."""
         config = self.vllm_config  # type: ignore[attr-defined]
         rows = config.scheduler_config.max_num_seqs
-        graphs = config.compilation_config.max_cudagraph_capture_size or 0
+        compilation, graphs = config.compilation_config, 0
+        if compilation.cudagraph_mode.has_full_cudagraphs():
+            graphs = compilation.max_cudagraph_capture_size or 0
         heads = config.model_config.get_num_kv_heads(config.parallel_config)
         blocks = ceil_div(config.model_config.max_model_len, config.cache_config.block_size)
         return max(rows, graphs), heads, blocks

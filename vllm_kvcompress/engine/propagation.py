@@ -18,6 +18,7 @@ from functools import partial
 from itertools import accumulate
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from vllm.forward_context import get_forward_context
@@ -36,7 +37,7 @@ class _Rows:
     """Tokens that go through a layer together, and what their attention wants to know."""
 
     positions: Tensor  # int64 [T']
-    metadata: Any
+    metadata: Any  # None: no tokens
     slots: Tensor  # [T'] where their keys and values go
 
 
@@ -142,7 +143,7 @@ class Propagation:
             residual = residual[self._rest.tokens]
         rest = self._rest
         assert rest is not None
-        if len(rest.tokens):
+        if rest.rows.metadata is not None:
             self._attend_as(layer, rest.rows)
             hidden_states, residual = self._forwards[layer](
                 rest.rows.positions, hidden_states, residual, **options
@@ -190,17 +191,17 @@ class Propagation:
         """The step's batch less the prompts that have left it by `layer`."""
         common, names = self._view.common, self._view.request_ids
         gone = {name for at, left in self._leaving.items() if at <= layer for name in left}
-        stays = torch.tensor([name not in gone for name in names])
-        counts = common.query_start_loc_cpu.diff()
-        tokens = self._on_device(stays.repeat_interleave(counts).nonzero().view(-1))
+        own = [row for row, name in enumerate(names) if name not in gone]
+        starts = common.query_start_loc_cpu.numpy()
+        spans = [np.arange(starts[row], starts[row + 1]) for row in own]
+        tokens = self._on_device(np.concatenate([np.arange(0), *spans]))
         slots, metadata = common.slot_mapping[tokens], None
-        if len(tokens):
-            own = stays.nonzero().view(-1)
-            rows = self._on_device(own)
+        if own:
+            rows = self._on_device(np.array(own))
             metadata = self._view.build(
-                [names[row] for row in own.tolist()],
-                counts=counts[own].tolist(),
-                ends=common.seq_lens_cpu_upper_bound[own],
+                [names[row] for row in own],
+                counts=[len(span) for span in spans],
+                ends=common.seq_lens_cpu_upper_bound.numpy()[own],
                 seq_lens=common.seq_lens[rows],
                 block_table=common.block_table_tensor[rows],
                 slots=slots,
@@ -253,13 +254,12 @@ class Propagation:
         captures, tables, slots, start = [], [], [], 0
         for part in slices:
             plan = self._compressor.plan_of(part.request_id)
-            natural = torch.tensor(self._view.block_ids(part.request_id))
+            natural = np.array(self._view.block_ids(part.request_id))
             m = len(selected[part.request_id])
             full = plan.prompt_tokens // page_tokens
-            blocks = torch.cat(
-                [natural[: m // page_tokens], natural[full : full + (m % page_tokens > 0)]]
-            )
-            token = torch.arange(part.begin, part.end)
+            tail = natural[full : full + (m % page_tokens > 0)]
+            blocks = np.concatenate([natural[: m // page_tokens], tail])
+            token = np.arange(part.begin, part.end)
             slots.append(blocks[token // page_tokens] * page_tokens + token % page_tokens)
             tables.append(blocks)
             window = self._compressor.window_of(part.request_id)
@@ -269,9 +269,11 @@ class Propagation:
                 row = start + begin - part.begin
                 captures.append(Capture(window, begin - window_start, row, count))
             start += part.end - part.begin
-        ends = torch.tensor([s.end for s in slices], dtype=torch.int32)
-        table = torch.nn.utils.rnn.pad_sequence(tables, batch_first=True).to(torch.int32)
-        written = self._on_device(torch.cat(slots))
+        ends = np.array([s.end for s in slices], dtype=np.int32)
+        table = np.zeros((len(slices), max(map(len, tables))), dtype=np.int32)
+        for row, blocks in zip(table, tables, strict=True):
+            row[: len(blocks)] = blocks
+        written = self._on_device(np.concatenate(slots))
         metadata = self._view.build(
             [],
             counts=[s.end - s.begin for s in slices],
@@ -289,8 +291,8 @@ class Propagation:
         context.attn_metadata[self._names[layer]] = rows.metadata
         context.slot_mapping[self._names[layer]] = rows.slots
 
-    def _on_device(self, tensor: Tensor) -> Tensor:
-        return async_tensor_h2d(tensor, device=self._compressor.pool.device)
+    def _on_device(self, array: np.ndarray) -> Tensor:
+        return async_tensor_h2d(array, device=self._compressor.pool.device)
 
 
 def _pass_compiled_by(model: Any, inputs: Any) -> None:

@@ -9,6 +9,7 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
+import numpy as np
 import torch
 from torch import Tensor
 from vllm.config import get_layers_from_vllm_config
@@ -83,7 +84,7 @@ class StepView:
         self,
         request_ids: Sequence[str],
         counts: list[int],
-        ends: Tensor,
+        ends: np.ndarray,
         seq_lens: Tensor,
         block_table: Tensor,
         slots: Tensor,
@@ -101,14 +102,14 @@ class StepView:
             captures: queries to keep aside; None: the step's own of these requests.
         """
         whole = self.common
-        starts = torch.tensor([0, *counts], dtype=torch.int32).cumsum(0, dtype=torch.int32)
+        starts = np.cumsum([0, *counts], dtype=np.int32)
         if captures is None:
-            captures = self.compressor.captures(request_ids, starts.numpy())
+            captures = self.compressor.captures(request_ids, starts)
         part = whole.replace(
             query_start_loc=async_tensor_h2d(starts, device=whole.seq_lens.device),
-            query_start_loc_cpu=starts,
+            query_start_loc_cpu=torch.from_numpy(starts),
             seq_lens=seq_lens,
-            seq_lens_cpu_upper_bound=ends,
+            seq_lens_cpu_upper_bound=torch.from_numpy(ends),
             num_reqs=len(counts),
             num_actual_tokens=sum(counts),
             max_query_len=max(counts),
@@ -228,9 +229,13 @@ class PerHeadWorker:
         with selecting, graphs:
             output = super().execute_model(scheduler_output)  # type: ignore[misc]
         compressor.finish_step(self._view.block_ids)
-        if compressor.seconds:
-            self._runner.send_seconds(compressor.seconds)
-            compressor.seconds = []
+        if seconds := compressor.clock.take():
+            self._runner.send_seconds(seconds)
+        return output
+
+    def sample_tokens(self, grammar_output: Any) -> Any:
+        output = super().sample_tokens(grammar_output)  # type: ignore[misc]
+        self._runner.complete(output)
         return output
 
     def check_kv_compress_integrity(self) -> None:

@@ -1,6 +1,7 @@
 """What an attention engine is asked, and how it answers."""
 
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -41,15 +42,20 @@ class AttentionEngine(ABC):
 
     name: as in `attention_engine`.
     beside: vLLM's attention backends for everything that is not compressed, the best first.
+    workspace_bytes: what it allocates once and keeps.
     """
 
     name: ClassVar[str]
     beside: ClassVar[tuple[str, ...]]
+    workspace_bytes: ClassVar[int] = 0
 
     @classmethod
     @abstractmethod
     def obstacle(cls, platform: Any, dtype: str) -> str | None:
         """Why it cannot run here with a model of this dtype; None when it can."""
+
+    def use(self, attend_pages: Callable[..., None]) -> None:  # noqa: B027
+        """Call this for what `kernels.attend_pages` does, where the engine calls that."""
 
     @abstractmethod
     def attend(self, call: HeadCall) -> None:
