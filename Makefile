@@ -70,7 +70,7 @@ bench: install
 # Two files at a time: each keeps the engine that its tests share, and about 3 GB.
 JOBS ?= 2
 test: install
-	$(VENV)/bin/pytest -n $(JOBS) --dist loadfile $(ARGS)
+	$(VENV)/bin/pytest -n $(JOBS) --dist loadfile --no-loadscope-reorder $(ARGS)
 
 lint: install
 	$(VENV)/bin/ruff check .

@@ -21,6 +21,11 @@ for folder, name in INSIDE.items():
         package_dir[inside] = folder
         packages += [inside, *(f"{inside}.{sub}" for sub in find_packages(folder))]
 
+# What nvcc reads on the user's machine (kernels/library.py); no Python in it.
+package_dir["vllm_kvcompress.csrc"] = "csrc"
+packages.append("vllm_kvcompress.csrc")
+CUDA_SOURCES = ["launch.cuh", "pages/*.[ch]*", "codec/*.cu", "codec/*.cuh", "codec/*.h"]
+
 CODEC = "vllm_kvcompress.transport._codec"
 
 
@@ -64,6 +69,7 @@ setup(
         "vllm_kvcompress.bench.peers": ["*.lock"],
         "vllm_kvcompress.bench.report": ["*.jinja"],
         "vllm_kvcompress.configs": ["*.yaml"],
+        "vllm_kvcompress.csrc": [*CUDA_SOURCES, "codec/tables.cpp"],
         "vllm_kvcompress.policy": ["*.json"],
         "vllm_kvcompress.transport": ["codebook.safetensors"],
     },

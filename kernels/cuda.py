@@ -1,9 +1,4 @@
-"""The CUDA kernels of `csrc/pages/`, called through their C interface.
-
-They are no part of the wheel. Where nvcc is, one command in a checkout builds them:
-
-    nvcc -std=c++17 -O3 -Icsrc -arch=native -shared -Xcompiler -fPIC csrc/pages/*.cu -o pages.so
-"""
+"""The CUDA kernels of `csrc/pages/`, called through their C interface (`kernels/library.py`)."""
 
 import ctypes
 from ctypes import POINTER, Structure, c_float, c_int, c_int32, c_int64, c_void_p

@@ -10,17 +10,18 @@ import torch
 Kernel = Callable[..., None]
 
 WARM_UPS, RUNS = 2, 5
+AHEAD_CYCLES = 1 << 20  # about half a millisecond
 
 
 class Fastest:
-    """Calls the fastest of some kernels that do the same, measured once per kind of call.
+    """Calls the fastest of some kernels that do the same, by what `measure` found.
 
-    A kind is measured at its first call, which therefore must come before a CUDA graph is
-    captured; while one is being captured an unmeasured kind goes to the first kernel.
+    Calls measure nothing, so they may stand in CUDA graphs; a kind that was not measured goes to
+    the first kernel.
 
     Args:
-        kernels: by name, the first being the one that takes everything. Another that raises
-            while it is measured is out for that kind.
+        kernels: by name, the first being the one that takes everything. Another that raises a
+            `RuntimeError` while it is measured is out for that kind.
         kind: what a call has in common with those that the same kernel suits best.
         seconds: how long one call takes; by default measured with the device's own clock.
     """
@@ -42,15 +43,11 @@ class Fastest:
 
     def choice(self, *args: Any) -> str:
         """The name of the kernel that a call with these arguments goes to."""
-        kind = self._kind(*args)
-        if kind not in self.measured:
-            if torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
-                return self._default
-            self.measured[kind] = self._measure(args)
-        times = self.measured[kind]
-        return min(times, key=times.__getitem__)
+        times = self.measured.get(self._kind(*args))
+        return min(times, key=times.__getitem__) if times else self._default
 
-    def _measure(self, args: tuple[Any, ...]) -> dict[str, float]:
+    def measure(self, *args: Any) -> None:
+        """Call every kernel with these arguments some times, and remember how long it took."""
         times = {self._default: self._seconds(self._kernels[self._default], args)}
         for name, kernel in self._kernels.items():
             if name != self._default:
@@ -58,7 +55,7 @@ class Fastest:
                     times[name] = self._seconds(kernel, args)
                 except RuntimeError:
                     continue
-        return times
+        self.measured[self._kind(*args)] = times
 
 
 def _median_seconds(kernel: Kernel, args: tuple[Any, ...]) -> float:
@@ -73,6 +70,7 @@ def _device_seconds(kernel: Kernel, args: tuple[Any, ...]) -> float:
         kernel(*args)
         return time.perf_counter() - began
     begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    torch.cuda._sleep(AHEAD_CYCLES)  # the launches are in the queue before the clock starts
     begin.record()
     kernel(*args)
     end.record()

@@ -1,7 +1,8 @@
 """Block tables of the heads, derived on the device, in place.
 
 Of a compressed request only two things are stored: the ids of its K arena blocks, and where each
-head's pages begin among the arena's `K*L*H`. Both its arena pages and its natural tail pages
+head's pages begin among the arena's `K*L*H`; of one whose deep layers hold less than the others,
+how many of its natural pages each head has. Both its arena pages and its natural tail pages
 follow by arithmetic, so a 128K-token prompt at rate 8 costs kilobytes, not the megabytes of its
 tables. `fill_tables` writes the tables that attention kernels read, for any range of layers.
 """
@@ -23,6 +24,8 @@ class Arenas:
     blocks: int32 `[slots, K]` arena blocks.
     starts: int32 `[slots, L*H + 1]`, the ordinal of each head's first page in the arena.
     tails: int32 `[slots]`, natural blocks that the arena stands for.
+    held: int32 `[slots]`, 1 where there is no arena, and the pages that `starts` counts are each
+        head's first natural ones.
     """
 
     layers: int
@@ -30,6 +33,7 @@ class Arenas:
     blocks: Tensor
     starts: Tensor
     tails: Tensor
+    held: Tensor
 
     @staticmethod
     def allocate(
@@ -41,6 +45,7 @@ class Arenas:
             heads,
             torch.zeros(slots, most_blocks, dtype=torch.int32, device=device),
             torch.zeros(slots, layers * heads + 1, dtype=torch.int32, device=device),
+            torch.zeros(slots, dtype=torch.int32, device=device),
             torch.zeros(slots, dtype=torch.int32, device=device),
         )
 
@@ -58,13 +63,26 @@ class Arenas:
         if len(blocks) > self.blocks.shape[1]:
             raise ValueError(f"{len(blocks)} arena blocks, a slot holds {self.blocks.shape[1]}")
         self.blocks[slot, : len(blocks)].copy_(blocks)
-        self.starts[slot, 1:].copy_(pages.flatten().cumsum(0))
-        self.tails[slot].fill_(tail_start_block)
+        self._enter(slot, pages, tail_start_block, held=0)
+
+    def hold(self, slot: int, pages: Tensor, tail_start_block: int) -> None:
+        """Enter a request that keeps its first natural pages; `pages` stays on the device.
+
+        Args:
+            pages: int `[L, H]` how many each head keeps, at most `tail_start_block`.
+            tail_start_block: natural blocks before the tail.
+        """
+        self._enter(slot, pages, tail_start_block, held=1)
 
     def clear(self, slot: int) -> None:
         """Empty a slot: a request in it reads natural pages only."""
         self.starts[slot].zero_()
         self.tails[slot].zero_()
+
+    def _enter(self, slot: int, pages: Tensor, tail_start_block: int, held: int) -> None:
+        self.starts[slot, 1:].copy_(pages.flatten().cumsum(0))
+        self.tails[slot].fill_(tail_start_block)
+        self.held[slot].fill_(held)
 
 
 def fill_tables(
@@ -95,6 +113,7 @@ def fill_tables(
         arenas.blocks,
         arenas.starts,
         arenas.tails,
+        arenas.held,
         slots,
         block_table,
         seq_lens,
@@ -130,9 +149,13 @@ def fill_tables_reference(
             pages, tail = [], 0
             if slot >= 0 and seq_len:
                 tail = int(arenas.tails[slot])
-                for ordinal in range(*arenas.starts[slot, lane : lane + 2].tolist()):
-                    block, page = divmod(ordinal, lanes)
-                    pages.append(int(arenas.blocks[slot, block]) * lanes + page)
+                start, stop = arenas.starts[slot, lane : lane + 2].tolist()
+                if arenas.held[slot]:
+                    kept = block_table[row, : stop - start].tolist()
+                    pages = [block * lanes + lane for block in kept]
+                else:
+                    for block, page in (divmod(at, lanes) for at in range(start, stop)):
+                        pages.append(int(arenas.blocks[slot, block]) * lanes + page)
             length = len(pages) * page_tokens + seq_len - tail * page_tokens
             natural = block_table[row, tail : -(-seq_len // page_tokens)].tolist()
             pages += [block * lanes + lane for block in natural]
@@ -145,6 +168,7 @@ def _write_tables(
     arena_blocks,
     starts,
     tails,
+    held,
     slots,
     block_table,
     seq_lens,
@@ -170,19 +194,20 @@ def _write_tables(
     stop = tl.load(starts + slot * (LANES + 1) + lane + 1, mask=compressed, other=0)
     tail = tl.load(tails + slot, mask=compressed, other=0)
     kept = stop - start
+    in_arena = kept * (1 - tl.load(held + slot, mask=compressed, other=0))
     tail_tokens = seq_len - tail * PAGE_TOKENS
     pages = kept + tl.cdiv(tail_tokens, PAGE_TOKENS)
 
     column = tl.program_id(2) * BLOCK + tl.arange(0, BLOCK)
     used = column < tl.minimum(pages, width)
-    in_arena = used & (column < kept)
     ordinal = start + column
     arena_at = arena_blocks + slot * arena_stride + ordinal // LANES
-    arena_block = tl.load(arena_at, mask=in_arena, other=0)
-    natural_at = block_table + row.to(tl.int64) * table_stride + tail + column - kept
-    natural_block = tl.load(natural_at, mask=used & (column >= kept), other=0)
+    arena_block = tl.load(arena_at, mask=used & (column < in_arena), other=0)
+    natural = tl.where(column < kept, column, tail + column - kept)
+    natural_at = block_table + row.to(tl.int64) * table_stride + natural
+    natural_block = tl.load(natural_at, mask=used & (column >= in_arena), other=0)
     page = tl.where(
-        column < kept, arena_block * LANES + ordinal % LANES, natural_block * LANES + lane
+        column < in_arena, arena_block * LANES + ordinal % LANES, natural_block * LANES + lane
     )
     sequence = (layer * rows + row).to(tl.int64) * HEADS + head
     tl.store(tables + sequence * width + column, page, mask=used)

@@ -19,10 +19,13 @@ from packaging.utils import canonicalize_name
 from quiet_pip import PipFailed, pip
 from vllm_metadata import build_wheel
 
+from vllm_kvcompress.kernels.library import CSRC, READ_BY_THEM, SOURCES
+
 ROOT = Path(__file__).resolve().parent.parent
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 LOCKS = sorted((ROOT / "requirements").glob("*.lock"))
 FOLDERS = {"benchmarks": "bench", "configs": "configs", "kernels": "kernels"}
+CPU_ONLY = {"bindings.cpp"}  # left out, the codec for CPUs is not compiled
 PRESENT = [folder for folder in FOLDERS if (ROOT / folder).is_dir()]
 
 
@@ -70,6 +73,7 @@ def test_wheel_holds_every_source_preset_and_the_demo_model(tmp_path):
     tree = tmp_path / "tree"
     for name in ("vllm_kvcompress", *PRESENT):
         shutil.copytree(ROOT / name, tree / name)
+    shutil.copytree(ROOT / "csrc", tree / "csrc", ignore=lambda _, names: {*names} & CPU_ONLY)
     for name in ("pyproject.toml", "setup.py", "LICENSE", "README.md"):
         if (ROOT / name).exists():
             shutil.copy(ROOT / name, tree)
@@ -86,6 +90,8 @@ def test_wheel_holds_every_source_preset_and_the_demo_model(tmp_path):
         for path in [*(ROOT / folder).rglob("*.py"), *(ROOT / folder).glob("*.yaml")]:
             inside = path.relative_to(ROOT / folder)
             wanted.add(f"vllm_kvcompress/{FOLDERS[folder]}/{inside}")
+    for pattern in (*READ_BY_THEM, *SOURCES):
+        wanted |= {f"vllm_kvcompress/csrc/{path.relative_to(CSRC)}" for path in CSRC.glob(pattern)}
     assert wanted <= names
     assert not [name for name in names if name.startswith(tuple(f"{top}/" for top in FOLDERS))]
 

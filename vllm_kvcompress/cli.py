@@ -1,6 +1,7 @@
 """`vllm-kvcompress`: its commands; the bench's and CacheGen's are in rooms of their own."""
 
 import json
+import re
 from pathlib import Path
 from typing import Annotated
 
@@ -102,6 +103,55 @@ def verify(
         raise typer.Exit(NOT_COMPRESSED if error.not_compressed else CANNOT_TELL) from None
     typer.echo(json.dumps(report.to_dict(), indent=2) if as_json else _text(report))
     raise typer.Exit(OK if report.compressed else NOT_COMPRESSED)
+
+
+MOST_ARCHITECTURES = 16
+
+
+def _architectures(given: list[str] | None) -> list[str] | None:
+    if not given:
+        return given
+    if wrong := [name for name in given if not re.fullmatch(r"sm_\d{2,3}[af]?", name)]:
+        raise typer.BadParameter(f"{wrong[0]!r}: give one as nvcc names it, such as sm_90")
+    if len(given) > MOST_ARCHITECTURES:
+        raise typer.BadParameter(f"at most {MOST_ARCHITECTURES} at a time")
+    return given
+
+
+@app.command()
+def build_cuda(
+    arch: Annotated[
+        list[str] | None,
+        typer.Option(
+            callback=_architectures,
+            metavar="SM_NN",
+            help="A GPU's architecture: sm_80 (A100), sm_90 (H100, H200), sm_100 (B200). May be "
+            "given more than once. Default: the GPU of this machine.",
+        ),
+    ] = None,
+    in_package: Annotated[
+        bool,
+        typer.Option(
+            "--in-package",
+            help="Beside the sources in the installed package, for all its users and for images. "
+            "Default: in $XDG_CACHE_HOME/vllm-kvcompress, or ~/.cache, for you.",
+        ),
+    ] = False,
+) -> None:
+    """Build the CUDA kernels now, so that no server does at its first start.
+
+    Needs nvcc, but no GPU where --arch says for which. Takes a minute per architecture; what is
+    built already is left as it is.
+    """
+    from vllm_kvcompress.kernels import library
+
+    try:
+        for name in arch or [library.this_architecture()]:
+            folder = library.IN_PACKAGE if in_package else None
+            typer.echo(f"{name}: {library.build(name, folder)}")
+    except library.CannotBuild as error:
+        typer.echo(f"vllm-kvcompress build-cuda: {error}", err=True)
+        raise typer.Exit(1) from None
 
 
 def _text(report: Report) -> str:

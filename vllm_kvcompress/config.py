@@ -53,6 +53,7 @@ NO_STORE = "this server has no store: start it with `--kv-compress-store URL`"
 AUTO = "auto"
 ATTENTION_ENGINES = ("cpu", "flash_attn", "triton", "flashinfer", "xformers")
 AttentionEngineName = Literal["auto", "cpu", "flash_attn", "triton", "flashinfer", "xformers"]
+KernelsName = Literal["auto", "triton", "cuda"]
 UNKNOWN_TASK: Task = "localization"  # of prompts without text
 
 
@@ -82,6 +83,8 @@ class EngineConfig(StrictModel):
         length where the model allows TSP; 0: no TSP.
     attention_engine: whose kernel reads compressed requests; "auto" takes the first of
         `ATTENTION_ENGINES` that runs here.
+    kernels: which kernels of this package read and write pages on a GPU: Triton's, CUDA's, or,
+        with "auto", at each size the faster, as measured at start-up.
     task_classifier: what tells the class of a task where a request leaves it to us: the id or
         folder of a Hugging Face sequence classifier; None: the shipped one.
     test_force_arena: for tests only; sends every prompt through an arena, even at rate 1, and
@@ -93,6 +96,7 @@ class EngineConfig(StrictModel):
     presets: dict[str, Preset] = Field(default_factory=dict)
     tsp_max_inflight_tokens: int | None = Field(default=None, ge=0, le=2**31)
     attention_engine: AttentionEngineName = "auto"
+    kernels: KernelsName = "auto"
     task_classifier: str | None = Field(default=None, min_length=1, max_length=1024)
     test_force_arena: bool = False
 

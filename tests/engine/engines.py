@@ -14,6 +14,7 @@ from vllm import LLM, SamplingParams
 import vllm_kvcompress
 from vllm_kvcompress.bench.demo_model.language import many_facts_task
 from vllm_kvcompress.engine.compressor import Compressor
+from vllm_kvcompress.engine.propagation import Propagation
 from vllm_kvcompress.engine.scheduler import KVCompressScheduler
 
 DEMO_MODEL = str(Path(vllm_kvcompress.__file__).parent / "demo_model")
@@ -55,11 +56,19 @@ def scheduler_of(llm: LLM) -> KVCompressScheduler:
 
 
 def compressor_of(llm: LLM) -> Compressor:
-    return llm.llm_engine.engine_core.engine_core.model_executor.driver_worker.worker.compressor
+    return _worker_of(llm).compressor
+
+
+def propagation_of(llm: LLM) -> Propagation:
+    return _worker_of(llm).propagation
 
 
 def runner_of(llm: LLM) -> Any:
-    return llm.llm_engine.engine_core.engine_core.model_executor.driver_worker.worker.model_runner
+    return _worker_of(llm).model_runner
+
+
+def _worker_of(llm: LLM) -> Any:
+    return llm.llm_engine.engine_core.engine_core.model_executor.driver_worker.worker
 
 
 def free_blocks(llm: LLM) -> int:

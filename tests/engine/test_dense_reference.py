@@ -193,7 +193,7 @@ def test_layers_of_a_group_are_scored_once_and_keep_the_same_tokens(leader, scor
     own = {"preset": "windowkv", "group_layers": 2, "group_leader": leader, "rate": 4}
     llm = engine(own, step_tokens=256)
     requests = [(prompt(Random(9), n), greedy(8)) for n in (300, 417)]
-    policy = compressor_of(llm)._policy(compressor_of(llm)._config.settings_or_off(None))
+    policy = compressor_of(llm).judge.policy(compressor_of(llm)._config.settings_or_off(None))
     scorer = type(policy.scorer)
     with pytest.MonkeyPatch.context() as patch:
         passes, score = [], scorer.score

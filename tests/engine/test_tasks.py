@@ -25,12 +25,12 @@ def told(llm, prompts, params):
     compressor = compressor_of(llm)
     with counted(compressor, "_compress") as calls:
         tasks = []
-        original = compressor._policy
-        compressor._policy = lambda settings: (tasks.append(settings.task), original(settings))[1]
+        judge, original = compressor.judge, compressor.judge.policy
+        judge.policy = lambda settings: (tasks.append(settings.task), original(settings))[1]
         try:
             said = ask(llm, prompts, params)
         finally:
-            del compressor._policy
+            del judge.policy
     assert len(calls) == len(prompts)
     return said, set(tasks)
 

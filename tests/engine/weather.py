@@ -34,6 +34,7 @@ import vllm_kvcompress
 from vllm_kvcompress.accounting import Plan, ceil_div
 from vllm_kvcompress.config import parse_engine_config
 from vllm_kvcompress.engine.compressor import Compressor
+from vllm_kvcompress.engine.judge import Judge
 from vllm_kvcompress.engine.scheduler import KVCompressAsyncScheduler, KVCompressScheduler
 from vllm_kvcompress.paging.manager import PerHeadManager
 from vllm_kvcompress.paging.pool import PagePool
@@ -116,7 +117,8 @@ class Storm:
         views = layer_views(climate.num_blocks, LAYERS, HEADS, climate.block_tokens, SIZE)
         packing = self.rng.choice(list(PACKINGS))
         self.pool = PagePool(views, PACKINGS[packing](climate.block_tokens, SIZE))
-        self.compressor = Compressor(self.config, self.pool, SIZE**-0.5)
+        judge = Judge(self.config, self.pool, SIZE**-0.5)
+        self.compressor = Compressor(self.config, self.pool, judge)
         self.manager = self.scheduler.per_head
         self.forget_reallocated(self.manager.block_pool)
         self.hasher = get_request_block_hasher(climate.block_tokens, HASH)
@@ -434,7 +436,8 @@ class Storm:
         """Read all that attention would read, and hand over the queries to keep aside."""
         starts = np.zeros(len(names) + 1, dtype=np.int32)
         np.cumsum(counts, out=starts[1:])
-        batch, captures = self.compressor.lay_out(
+        captures = self.compressor.captures(names, starts)
+        batch = self.compressor.lay_out(
             names, starts, ends.astype(np.int32), lambda name: self.runner[name]
         )
         rows = (

@@ -8,13 +8,22 @@ import os
 from types import SimpleNamespace
 
 os.environ["TORCHDYNAMO_DISABLE"] = "1"  # inductor would ask the stand-in for a compiler
-os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
-os.environ.setdefault("OMP_NUM_THREADS", "1")
-os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
-os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
 
+import shutil
+
+import pytest
 import torch
 from triton.backends import backends
 
+from kernels import on_host
+
 backends["cpu"] = SimpleNamespace(driver=SimpleNamespace(is_active=lambda: True), compiler=None)
 torch.cuda.get_device_capability = lambda device=None: (9, 0)  # asked for by vLLM's cache kernel
+
+
+@pytest.fixture(scope="session")
+def cuda_on_host(tmp_path_factory):
+    """The CUDA kernels built for this CPU."""
+    if (compiler := shutil.which("g++")) is None:
+        pytest.skip("no g++ here to build the CUDA kernels for the CPU")
+    return on_host.build(compiler, on_host.PAGES, tmp_path_factory.mktemp("pages"))

@@ -7,17 +7,26 @@ import torch
 from kernels.caches import noise
 from torch.utils._python_dispatch import TorchDispatchMode
 from vllm.config import CUDAGraphMode
+from vllm.forward_context import get_forward_context, override_forward_context
 from vllm.v1.attention.backend import AttentionCGSupport, CommonAttentionMetadata
+from vllm.v1.worker.gpu.cudagraph_utils import BatchExecutionDescriptor
 
 from vllm_kvcompress.config import EngineConfig
 from vllm_kvcompress.engine.attention.triton import TritonEngine
+from vllm_kvcompress.engine.candidates import Candidates
 from vllm_kvcompress.engine.device import HeadPathBuilder
 from vllm_kvcompress.engine.device_batch import Scratch
 from vllm_kvcompress.engine.device_compressor import DeviceCompressor
-from vllm_kvcompress.engine.runners import FirstRunner, SecondRunner, runner_of
+from vllm_kvcompress.engine.device_judge import DeviceJudge
+from vllm_kvcompress.engine.judge import Judge
+from vllm_kvcompress.engine.propagation import Propagation
+from vllm_kvcompress.engine.runners import ANY, FULL, FirstRunner, SecondRunner, runner_of
+from vllm_kvcompress.engine.stash import Stash
+from vllm_kvcompress.engine.windows import QueryWindow
 from vllm_kvcompress.engine.worker import StepView
 from vllm_kvcompress.kernels import attend_pages_reference, split_pages
 from vllm_kvcompress.paging.pool import PageFormat, PagePool
+from vllm_kvcompress.policy.propagators import AttentionPropagator
 
 LAYERS, HEADS, GROUP, SIZE, B, BLOCKS, WIDTH, ROWS = 2, 2, 2, 16, 16, 24, 6, 4
 aten = torch.ops.aten
@@ -50,7 +59,7 @@ class VllmBuilder:
         return AttentionCGSupport.ALWAYS
 
     def build(self, common_prefix_len, common, fast_build=False):
-        return SimpleNamespace(seq_lens=common.seq_lens)
+        return SimpleNamespace(seq_lens=common.seq_lens, block_table=common.block_table_tensor)
 
 
 class Builder(HeadPathBuilder, VllmBuilder):
@@ -62,7 +71,8 @@ def batch():
     """Rows a, b, c of a runner with persistent buffers; a and c are compressed on demand."""
     cache = noise(BLOCKS, LAYERS, HEADS, B, 2 * SIZE)
     pool = PagePool([cache[:, layer] for layer in range(LAYERS)], PageFormat.by_token(B, SIZE))
-    compressor = DeviceCompressor(EngineConfig(), pool, SIZE**-0.5, lambda own: own, ROWS, WIDTH)
+    judge = DeviceJudge(EngineConfig(), pool, SIZE**-0.5)
+    compressor = DeviceCompressor(EngineConfig(), pool, judge, ROWS, WIDTH)
     compressor._in_step = True
     runner = SimpleNamespace(
         input_batch=SimpleNamespace(req_ids=["a", "b", "c"]), requests={}, attn_groups=[]
@@ -188,27 +198,129 @@ def test_runners_are_told_apart_by_what_they_offer():
         runner_of(SimpleNamespace())
 
 
-def test_steps_that_keep_queries_aside_are_not_replayed():
+def test_barred_steps_are_not_replayed():
+    """Those that keep queries aside from no graph of attention, those that propagate from none."""
+
     class First:
         def dispatch(self, num_tokens, invalid_modes=None):
             return num_tokens, invalid_modes
 
     class Second:
+        """A graph of 4 decoding tokens, a piecewise one of 8 tokens, and no other."""
+
         def dispatch(self, num_reqs, num_tokens, uniform, num_active_loras, max_query_len=None):
-            return num_reqs, num_tokens, uniform, num_active_loras, max_query_len
+            if uniform and num_tokens <= 4:
+                return BatchExecutionDescriptor(CUDAGraphMode.FULL, 4, 4)
+            return BatchExecutionDescriptor(CUDAGraphMode.PIECEWISE, 8, None)
 
     first, second = First(), Second()
-    with FirstRunner(SimpleNamespace(cudagraph_dispatcher=first)).without_full_graphs():
-        assert first.dispatch(num_tokens=8) == (8, {CUDAGraphMode.FULL})
+    dispatcher = FirstRunner(SimpleNamespace(cudagraph_dispatcher=first))
+    for barred in (FULL, ANY):
+        with dispatcher.without_graphs(barred):
+            assert first.dispatch(num_tokens=8) == (8, barred)
     assert first.dispatch(num_tokens=8) == (8, None)
     state = SimpleNamespace(prepare_attn=None)
     runner = SecondRunner(SimpleNamespace(cudagraph_manager=second, model_state=state))
-    with runner.without_full_graphs():
-        assert second.dispatch(3, 3, 1, num_active_loras=0, max_query_len=1) == (
-            3,
-            3,
-            None,
-            0,
-            None,
-        )
-    assert second.dispatch(3, 3, 1, 0, max_query_len=1) == (3, 3, 1, 0, 1)
+    decode = {"num_active_loras": 0, "max_query_len": 1}
+    with runner.without_graphs(FULL):
+        assert second.dispatch(3, 3, 1, **decode).cg_mode is CUDAGraphMode.PIECEWISE
+    with runner.without_graphs(ANY):
+        eager = BatchExecutionDescriptor(CUDAGraphMode.NONE, 3, 3)
+        assert second.dispatch(3, 3, 1, **decode) == eager
+    assert second.dispatch(3, 3, 1, **decode).cg_mode is CUDAGraphMode.FULL
+
+
+class Deep(torch.nn.Module):
+    """A layer that only tells what came to it."""
+
+    def __init__(self, name):
+        super().__init__()
+        self.seen = []
+        self.self_attn = SimpleNamespace(attn=SimpleNamespace(layer_name=name))
+
+    def forward(self, positions, hidden_states, residual):
+        context = get_forward_context()
+        name = self.self_attn.attn.layer_name
+        told = context.attn_metadata[name], context.slot_mapping[name]
+        self.seen.append((positions, hidden_states, *told))
+        return hidden_states + 1, hidden_states if residual is None else residual
+
+
+class Model(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.model = SimpleNamespace(layers=[Deep(f"layers.{i}") for i in range(LAYERS)])
+
+    def forward(self, positions, hidden_states, residual):
+        for layer in self.model.layers:
+            hidden_states, residual = layer(positions, hidden_states, residual)
+        return hidden_states, residual
+
+
+def arrives(batch, request_id, prompt_tokens, blocks, knobs) -> None:
+    """Let the compressor see a step with all of a new prompt."""
+    new = SimpleNamespace(
+        req_id=request_id,
+        sampling_params=SimpleNamespace(extra_args=knobs),
+        prompt_token_ids=[0] * prompt_tokens,
+        prompt_embeds=None,
+        block_ids=(blocks,),
+        num_computed_tokens=0,
+    )
+    step = SimpleNamespace(
+        finished_req_ids=(),
+        preempted_req_ids=(),
+        scheduled_new_reqs=[new],
+        scheduled_cached_reqs=SimpleNamespace(req_ids=[]),
+        num_scheduled_tokens={request_id: prompt_tokens},
+    )
+    batch.compressor.begin_step(step)
+
+
+def test_a_propagating_step_waits_for_nobody(batch):
+    """Of the 40 tokens of row b 24 go on, in pages, slots and metadata of their own."""
+    n, m, view = 40, 24, batch.builder.step_view
+    blocks = [7, 3, 11]
+    arrives(batch, "b", n, blocks, {"kv_compress": "tsp"})
+    view._runner._runner.requests = {"b": SimpleNamespace(block_ids=(blocks,))}
+    view._attn_groups = [[SimpleNamespace(metadata_builders=[batch.builder])]]
+    model = Model()
+    stash = Stash(64, 8, torch.float32, batch.pool.device)
+    propagation = Propagation(model, batch.compressor, view, stash, 64)
+    batch.seq_lens[:] = torch.tensor([20, n, 30, 0])
+    whole = common(batch, [1, n, 1]).replace(
+        seq_lens_cpu_upper_bound=batch.seq_lens[:3], slot_mapping=torch.arange(n + 2)
+    )
+    states, positions = noise(n + 2, 8), torch.tensor([19, *range(n), 29])
+    context = SimpleNamespace(attn_metadata={}, slot_mapping={})
+    with NoWaiting(), override_forward_context(context), propagation.around_step():
+        metadata = batch.builder.build(0, whole)
+        for capture in metadata.kv_compress.captures:
+            capture.take(0, noise(n + 2, HEADS * GROUP, SIZE))
+        names = [f"layers.{i}" for i in range(LAYERS)]
+        context.attn_metadata = dict.fromkeys(names, metadata)
+        context.slot_mapping = dict.fromkeys(names, whole.slot_mapping)
+        hidden, residual = model(positions, states.clone(), torch.zeros_like(states))
+    assert context.skip_compiled and not model._forward_pre_hooks
+    assert stash.free_tokens == 64
+    (selected, of_b, own, slots), (others, rest, theirs, _) = model.model.layers[1].seen
+    assert len(selected) == m and selected[-8:].tolist() == list(range(32, n))
+    torch.testing.assert_close(of_b, states[1:-1][selected] + 1)
+    assert own.seq_lens.tolist() == [m] and own.block_table.tolist() == [[7, 11]]
+    assert slots.tolist() == [*range(7 * B, 8 * B), *range(11 * B, 11 * B + 8)]
+    assert others.tolist() == [19, 29] and theirs.seq_lens.tolist() == [20, 30]
+    assert torch.equal(theirs.block_table, batch.table[[0, 2]])
+    torch.testing.assert_close(rest, states[[0, -1]] + 1)
+    torch.testing.assert_close((hidden + residual)[[0, -1]], states[[0, -1]] + 2)
+    torch.testing.assert_close(hidden[n], of_b[-1] + 1)
+    torch.testing.assert_close(residual[n], of_b[-1])
+
+
+def test_what_goes_on_is_judged_alike_by_the_kernel(batch):
+    n, window = 40, QueryWindow(LAYERS, 32, 40)
+    window.capture(32, 8, row=0).take(0, noise(8, HEADS * GROUP, SIZE))
+    pages = batch.pool.page_ids(torch.tensor([7, 3, 11]))
+    asked = AttentionPropagator(), Candidates(pages, torch.arange(n), None).of_layer(0), 0, window
+    plain = Judge(EngineConfig(), batch.pool, SIZE**-0.5).saliency(*asked)
+    torch.testing.assert_close(batch.compressor.judge.saliency(*asked), plain)
+    assert plain[:32].min() > 0

@@ -69,8 +69,9 @@ def test_worked_example():
 
 def test_mixed_batch_equals_the_page_by_page_reference():
     arenas = arenas_with([1, 3, 2])
-    slots = torch.tensor([4, -1, 0, 2, -1], dtype=torch.int32)
-    table, seq_lens = batch([6 * B + 1, 5, 7 * B, 9 * B + 15, 10 * B])
+    slots = torch.tensor([4, -1, 0, 2, -1, 1], dtype=torch.int32)
+    arenas.hold(1, torch.tensor([[7, 7], [7, 7], [2, 3]]), tail_start_block=7)
+    table, seq_lens = batch([6 * B + 1, 5, 7 * B, 9 * B + 15, 10 * B, 9 * B - 1])
     tables, lengths = filled(arenas, slots, table, seq_lens)
     check(arenas, slots, table, seq_lens, tables, lengths)
 

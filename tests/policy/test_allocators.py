@@ -1,6 +1,8 @@
 """Pages are dealt out exactly, within bounds, and to whom the method says."""
 
 import itertools
+from fractions import Fraction
+from math import floor
 
 import pytest
 import torch
@@ -17,6 +19,7 @@ from vllm_kvcompress.policy.allocators import (
 )
 from vllm_kvcompress.policy.interfaces import Allocator
 from vllm_kvcompress.policy.pages import apportion
+from vllm_kvcompress.policy.ranking import MarkedScores
 
 ALLOCATORS = [
     UniformAllocator(),
@@ -30,7 +33,7 @@ ALLOCATORS = [
 
 def allocate(allocator: Allocator, scores: Tensor, total: int, page_tokens: int, least: int = 1):
     most = torch.full(scores.shape[:2], scores.shape[-1] // page_tokens)
-    return allocator.allocate(scores, total, page_tokens, least, most)
+    return allocator.allocate(MarkedScores(scores), total, page_tokens, least, most)
 
 
 def greedy_global(scores: Tensor, total: int, page_tokens: int, least: int, most: Tensor):
@@ -65,7 +68,7 @@ def tasks(draw: st.DrawFn):
 @given(tasks(), st.sampled_from(ALLOCATORS))
 def test_sum_is_exact_and_bounds_hold(task, allocator: Allocator) -> None:
     scores, page_tokens, total, least, most = task
-    pages = allocator.allocate(scores, total, page_tokens, least, most)
+    pages = allocator.allocate(MarkedScores(scores), total, page_tokens, least, most)
     assert pages.dtype == torch.int64 and pages.shape == scores.shape[:2]
     assert int(pages.sum()) == total
     assert (pages >= least).all() and (pages <= most).all()
@@ -74,7 +77,7 @@ def test_sum_is_exact_and_bounds_hold(task, allocator: Allocator) -> None:
 @given(tasks())
 def test_global_equals_a_slow_greedy_reference(task) -> None:
     scores, page_tokens, total, least, most = task
-    got = GlobalAllocator().allocate(scores, total, page_tokens, least, most)
+    got = GlobalAllocator().allocate(MarkedScores(scores), total, page_tokens, least, most)
     assert torch.equal(got, greedy_global(scores, total, page_tokens, least, most))
 
 
@@ -161,3 +164,46 @@ def test_remainder_goes_to_the_largest_fraction_and_ties_to_the_lower() -> None:
     assert apportion(torch.tensor([1.0, 1, 1]), 8, free * 0, free).tolist() == [3, 3, 2]
     assert apportion(torch.tensor([2.0, 3, 5]), 7, free * 0, free).tolist() == [1, 2, 4]
     assert apportion(torch.tensor([1.0, 1, 8]), 10, free * 0, free * 0 + 5).tolist() == [3, 2, 5]
+
+
+def slow_apportion(shares: list[float], total: int, least: list[int], most: list[int]) -> list[int]:
+    """Bounds become final one after the other, in exact fractions; then largest remainders."""
+    weights = [max(Fraction(share), Fraction(1e-9)) for share in shares]
+    final: dict[int, int] = {}
+    while True:
+        free = [i for i in range(len(shares)) if i not in final]
+        rest = total - sum(final.values())
+        scale = rest / sum(weights[i] for i in free) if free else 0
+        quotas = [final[i] if i in final else weights[i] * scale for i in range(len(shares))]
+        low = {i: least[i] for i in free if quotas[i] < least[i]}
+        high = {i: most[i] for i in free if quotas[i] > most[i]}
+        if not low and not high:
+            break
+        missing = sum(bound - quotas[i] for i, bound in low.items())
+        excess = sum(quotas[i] - bound for i, bound in high.items())
+        final |= low if missing >= excess else high
+    parts = [floor(quota) for quota in quotas]
+    order = sorted(range(len(shares)), key=lambda i: (parts[i] - quotas[i], i))
+    for i in order[: total - sum(parts)]:
+        parts[i] += 1
+    return parts
+
+
+@st.composite
+def shared_out(draw: st.DrawFn):
+    count = draw(st.integers(1, 9))
+    shares = draw(
+        st.lists(
+            st.sampled_from([0.0, 0.25, 0.5, 1.0, 2.0, 3.0, 40.0]), min_size=count, max_size=count
+        )
+    )
+    least = draw(st.lists(st.integers(0, 6), min_size=count, max_size=count))
+    most = [low + draw(st.integers(0, 12)) for low in least]
+    return shares, draw(st.integers(sum(least), sum(most))), least, most
+
+
+@given(shared_out())
+def test_apportion_equals_exact_fractions(task) -> None:
+    shares, total, least, most = task
+    got = apportion(torch.tensor(shares), total, torch.tensor(least), torch.tensor(most))
+    assert got.tolist() == slow_apportion(shares, total, least, most)

@@ -69,6 +69,22 @@ def test_any_scores_leave_the_accounting_whole(request_, allocator) -> None:
 
 
 @given(requests(), st.sampled_from(ALLOCATORS))
+def test_each_head_keeps_its_best_tokens_and_of_equals_the_earlier(request_, allocator) -> None:
+    scores, total, page_tokens, sinks, recent, valid = request_
+    kept = policy(allocator).keep(scores, total, page_tokens, sinks, recent, valid)
+    n, want = scores.shape[-1], []
+    for lane, row in enumerate(scores.flatten(0, 1).tolist()):
+        held = int(valid.flatten(0, 1)[lane].sum())
+        worth = [-1e30 if x != x else max(-1e30, min(x, 1e30)) for x in row[:held]]
+        for i in (*range(min(sinks, held)), *range(max(0, held - recent), held)):
+            worth[i] = float("inf")
+        best = sorted(range(held), key=lambda i: (-worth[i], i))
+        count = int(kept.pages.flatten()[lane]) * page_tokens
+        want += [lane * n + i for i in sorted(best[:count])]
+    assert kept.indices.tolist() == want
+
+
+@given(requests(), st.sampled_from(ALLOCATORS))
 def test_padding_changes_nothing(request_, allocator) -> None:
     scores, _, page_tokens, sinks, recent, _ = request_
     layers, heads, n = scores.shape
@@ -153,7 +169,7 @@ def test_an_allocator_that_breaks_its_contract_is_found_out() -> None:
         def allocate(self, *task):
             return super().allocate(*task) + 1
 
-    with pytest.raises(RuntimeError, match="Generous and TopKSelector kept 64 tokens, not 4 pages"):
+    with pytest.raises(RuntimeError, match="Generous allocated 8 pages, not 4"):
         policy(Generous()).keep(torch.zeros(2, 2, 32), 4, 8, 0, 0)
 
 

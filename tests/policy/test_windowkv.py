@@ -10,6 +10,7 @@ from policy.test_scorers import paying
 
 from vllm_kvcompress.policy import Policy, build
 from vllm_kvcompress.policy.allocators import GroupPyramidAllocator, UniformAllocator
+from vllm_kvcompress.policy.ranking import MarkedScores
 from vllm_kvcompress.policy.selectors import TopKSelector
 from vllm_kvcompress.policy.windows import WindowScorer
 from vllm_kvcompress.presets import Preset, shipped_presets
@@ -36,26 +37,28 @@ def test_the_pyramid_has_the_published_budgets(layers, group, budgets) -> None:
     pyramid = GroupPyramidAllocator(group_layers=group)
     for mean, expected in budgets.items():
         groups = layers // group
-        assert pyramid.group_tokens(mean, groups) == expected
+        assert pyramid.group_tokens(mean, groups).tolist() == expected
         assert abs(sum(expected) * group - layers * mean) <= layers * group
         scores = torch.rand(layers, 1, 4000)
         most = torch.full((layers, 1), 4000)
-        pages = pyramid.allocate(scores, layers * mean, 1, 32, most)
+        pages = pyramid.allocate(MarkedScores(scores), layers * mean, 1, 32, most)
         assert int(pages.sum()) == layers * mean
         assert (pages.view(groups, group) - torch.tensor(expected)[:, None]).abs().max() <= 1
 
 
 def test_the_floor_is_a_parameter() -> None:
-    steep = GroupPyramidAllocator(group_layers=8, floor_layers=1).group_tokens(2048, 4)
+    steep = GroupPyramidAllocator(group_layers=8, floor_layers=1).group_tokens(2048, 4).tolist()
     assert steep == [3950, 2682, 1414, 146]  # the paper's formula, 2048 // 14 in the last group
-    assert GroupPyramidAllocator(group_layers=32).group_tokens(2048, 1) == [2048]
-    assert GroupPyramidAllocator(group_layers=16).group_tokens(700, 2) == [700, 700]
+    assert GroupPyramidAllocator(group_layers=32).group_tokens(2048, 1).tolist() == [2048]
+    assert GroupPyramidAllocator(group_layers=16).group_tokens(700, 2).tolist() == [700, 700]
 
 
 @pytest.mark.parametrize("worth", WORTH)
 def test_worked_example_of_windows(worth) -> None:
     scorer = WindowScorer(review_tokens=4, worth=worth)
-    assert scorer.window_worth(EXAMPLE).tolist() == pytest.approx(WORTH[worth], abs=1e-6)
+    assert scorer.window_worth(EXAMPLE, EXAMPLE.shape[1]).tolist() == pytest.approx(
+        WORTH[worth], abs=1e-6
+    )
     attention = torch.cat([EXAMPLE, torch.zeros(2, 1)], dim=1)  # the suffix, one token
     attention[:, -1] = 6 - attention.sum(dim=1)  # softmax rows sum to one
     obs = paying((attention / 6).unsqueeze(1).tolist())

@@ -3,7 +3,7 @@
 from types import SimpleNamespace as Bag
 
 import pytest
-from vllm.config import KVTransferConfig
+from vllm.config import CompilationMode, KVTransferConfig
 from vllm.engine.arg_utils import EngineArgs
 from vllm.v1.attention.backends import fa_utils
 
@@ -216,6 +216,12 @@ def test_an_engine_that_is_not_here_is_refused(engine, says) -> None:
         engine_args(additional_config=settings).create_engine_config()
 
 
+def test_a_choice_of_gpu_kernels_is_refused_on_a_cpu() -> None:
+    settings = {"kv_compress": {"kernels": "cuda"}}
+    with pytest.raises(StartupError, match=r"kernels=cuda is for GPUs, .*: leave it out"):
+        engine_args(additional_config=settings).create_engine_config()
+
+
 def test_a_gpu_engine_refuses_what_only_the_cpu_has() -> None:
     config = fake_config(parallel={"data_parallel_size": 2, "use_ubatching": False})
     config.kv_transfer_config = None
@@ -280,13 +286,14 @@ def test_bad_settings_of_propagation_and_tasks_are_one_line(settings, says) -> N
 
 
 def test_models_whose_layers_are_not_known_are_refused_by_name() -> None:
-    def of(architecture: str, lora=None) -> Bag:
+    def of(architecture: str, lora=None, mode=CompilationMode.VLLM_COMPILE) -> Bag:
         model = {
             "architectures": [architecture],
             "max_model_len": 512,
             "get_total_num_hidden_layers": lambda: 8,
         }
-        return Bag(model_config=Bag(**model), lora_config=lora)
+        compilation = Bag(mode=mode)
+        return Bag(model_config=Bag(**model), lora_config=lora, compilation_config=compilation)
 
     plain, fastkv = EngineConfig(), EngineConfig(preset="fastkv")
     for known in ("LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM"):
@@ -296,6 +303,8 @@ def test_models_whose_layers_are_not_known_are_refused_by_name() -> None:
         name = "LoRA" if lora else unknown
         with pytest.raises(StartupError, match=f"'fastkv'.* does not work with {name}"):
             with_tsp_capacity(fastkv, of(unknown, lora))
+    with pytest.raises(StartupError, match="does not work with compilation mode STOCK"):
+        with_tsp_capacity(fastkv, of(known, mode=CompilationMode.STOCK_TORCH_COMPILE))
     without = with_tsp_capacity(plain, of("GPT2LMHeadModel"))
     assert set(plain.asked_presets()) == {"kv-compress"}, "others must not keep it from starting"
     with pytest.raises(ValueError, match="'tsp' propagates selected tokens, which this server"):

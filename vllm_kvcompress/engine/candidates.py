@@ -78,7 +78,7 @@ class SelectedCandidates(Candidates):
         """From the natural pages `[L, H, ceil(n / B)]` of a prompt of n tokens."""
         full = n // page_tokens
         tokens, held = full * page_tokens, len(selected) // page_tokens * page_tokens
-        positions = torch.arange(tokens).repeat(*pages.shape[:2], 1)
+        positions = torch.arange(tokens, device=pages.device).repeat(*pages.shape[:2], 1)
         positions[tsp_layer + 1 :, :, :held] = selected[:held]
         valid = torch.ones_like(positions, dtype=torch.bool)
         valid[tsp_layer + 1 :, :, held:] = False
@@ -89,7 +89,8 @@ class SelectedCandidates(Candidates):
     def of_layer(self, layer: int) -> Candidates:
         pages = self.pages[layer]
         page_tokens = self.tokens // pages.shape[-1]
-        positions = torch.arange(self.tokens + len(self.selected) % page_tokens)
+        prompt_tokens = self.tokens + len(self.selected) % page_tokens
+        positions = torch.arange(prompt_tokens, device=pages.device)
         if layer > self.tsp_layer:
             positions = self.selected
             pages = pages[:, : len(positions) // page_tokens]

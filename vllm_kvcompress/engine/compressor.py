@@ -19,15 +19,12 @@ from vllm_kvcompress.accounting import Plan, Settings
 from vllm_kvcompress.config import EngineConfig
 from vllm_kvcompress.engine.batch import HeadBatch
 from vllm_kvcompress.engine.candidates import Candidates, SelectedCandidates
+from vllm_kvcompress.engine.judge import Judge
 from vllm_kvcompress.engine.windows import Capture, QueryWindow
 from vllm_kvcompress.paging.device_tables import DeviceTables
 from vllm_kvcompress.paging.pool import PagePool
 from vllm_kvcompress.paging.tables import PageTables
-from vllm_kvcompress.policy.interfaces import Scorer
-from vllm_kvcompress.policy.observation import Observation
-from vllm_kvcompress.policy.policy import Policy
 from vllm_kvcompress.policy.propagators import select_positions
-from vllm_kvcompress.policy.registry import build
 
 BlockIds = Callable[[str], list[int]]
 """Natural block ids of a request, as the model runner knows them."""
@@ -66,24 +63,15 @@ class Compressor:
 
     Args:
         pool: the worker's pages.
-        scale: the model's softmax scale.
-        mean_over_ranks: averages a tensor over the tensor-parallel ranks.
+        judge: whom to ask what tokens are worth.
     """
 
-    def __init__(
-        self,
-        config: EngineConfig,
-        pool: PagePool,
-        scale: float,
-        mean_over_ranks: Callable[[Tensor], Tensor] = lambda own: own,
-    ) -> None:
+    def __init__(self, config: EngineConfig, pool: PagePool, judge: Judge) -> None:
         self.pool = pool
+        self.judge = judge
         self.tables = self._new_tables()
         self.seconds: list[float] = []
         self._config = config
-        self._scale = scale
-        self._mean_over_ranks = mean_over_ranks
-        self._policies: dict[tuple[str, str | None], Policy] = {}
         self._requests: dict[str, _Request] = {}
         self._due: list[_Due] = []
         self._passing: dict[str, Span] = {}  # of windows
@@ -160,7 +148,7 @@ class Compressor:
             self.propagating[request_id] = (first, count)
         last_point = request.plan.last_point(first) or 0
         window_start = max(last_point, point - request.settings.window_tokens)
-        asks = propagates or self._policy(request.settings).scorer.needs_queries
+        asks = propagates or self.judge.policy(request.settings).scorer.needs_queries
         if first + count > window_start and asks:
             if request.window is None:
                 layers = self.pool.num_layers
@@ -195,28 +183,16 @@ class Compressor:
         """Positions that go on above `tsp_layer`, int64 `[m]`, once its last chunk is there."""
         request, pool = self._requests[request_id], self.pool
         n, selected = request.plan.prompt_tokens, request.plan.tsp_tokens
-        propagator, window = self._policy(request.settings).propagator, request.window
+        propagator, window = self.judge.policy(request.settings).propagator, request.window
         assert selected is not None and propagator is not None and window is not None
         layer = self.tsp_layer(request_id)
         blocks = pool.ids(natural[: accounting.ceil_div(n, pool.page_tokens)])
         positions = torch.arange(n, device=pool.device)
         everything = Candidates(pool.page_ids(blocks), positions, None)
-        obs = self._observe(
-            everything.of_layer(layer), layer, window, keys=True, values=propagator.needs_values
-        )
-        saliency = self._mean_over_ranks(propagator.saliency(obs, layer))
+        saliency = self.judge.saliency(propagator, everything.of_layer(layer), layer, window)
         last = max(n % pool.page_tokens, len(window.positions()))
         request.selected = select_positions(saliency, selected, min(last, selected))
         return request.selected
-
-    def _policy(self, settings: Settings) -> Policy:
-        key = settings.preset, settings.task
-        policy = self._policies.get(key)
-        if policy is None:
-            preset = self._config.known_presets()[settings.preset].for_task(settings.task)
-            policy = build(preset, self.pool.num_layers)
-            self._policies[key] = policy
-        return policy
 
     # While the runner prepares and runs the step
 
@@ -226,28 +202,23 @@ class Compressor:
         query_start: np.ndarray,
         seq_lens: np.ndarray,
         block_ids: BlockIds,
-    ) -> tuple[HeadBatch | None, list[Capture]]:
-        """What attention needs to know of a step's batch.
+    ) -> HeadBatch | None:
+        """The compressed requests of a step's batch as a batch of heads, None without any.
 
         Args:
             request_ids: the batch's requests, row by row.
             query_start: int `[num_reqs + 1]` first token of each row.
             seq_lens: int `[num_reqs]` tokens of each once the step is done.
-
-        Returns:
-            The compressed requests as a batch of heads, None when there are none; and the
-            queries to keep aside. Outside a step (a dummy run) there is neither.
         """
         assert isinstance(self.tables, PageTables)
-        captures = self.captures(request_ids, query_start)
         slots = self.rows(request_ids)
         if not slots:
-            return None, captures
+            return None
         slots.sort(key=lambda pair: pair[1])
         rows = [row for row, _ in slots]
         natural = [block_ids(request_ids[row]) for row in rows]
         ends = seq_lens[rows].astype(np.int64)
-        return HeadBatch.build(self.tables, slots, query_start, ends, natural), captures
+        return HeadBatch.build(self.tables, slots, query_start, ends, natural)
 
     def captures(self, request_ids: Sequence[str], query_start: np.ndarray) -> list[Capture]:
         """The queries of the step's batch to keep aside; none outside a step."""
@@ -290,13 +261,11 @@ class Compressor:
     def _hold(self, due: _Due, natural: list[int]) -> None:
         """Let attention read what each layer holds of a prompt, in the pages where it is."""
         request, pool = self._requests[due.request_id], self.pool
-        assert request.selected is not None and isinstance(self.tables, PageTables)
+        assert request.selected is not None
         full = due.point // pool.page_tokens
-        pages = pool.page_ids(torch.tensor(natural[:full]))
-        counts = torch.full(pages.shape[:2], full)
+        counts = torch.full((pool.num_layers, pool.num_heads), full, device=pool.device)
         counts[self.tsp_layer(due.request_id) + 1 :] = len(request.selected) // pool.page_tokens
-        held = torch.arange(full) < counts[..., None]
-        self.tables.put(due.request_id, counts, pages[held], full * pool.page_tokens)
+        self.tables.hold(due.request_id, counts, natural[:full])
         request.window = request.selected = None
 
     def _compress(self, due: _Due, arena: list[int], natural: list[int]) -> None:
@@ -304,8 +273,8 @@ class Compressor:
         settings, pool = request.settings, self.pool
         full_tokens = request.plan.tail_start_block(due.point) * pool.page_tokens
         candidates = self._candidates(due, request, natural)
-        policy = self._policy(settings)
-        scores = self._score(policy, request, candidates)
+        policy = self.judge.policy(settings)
+        scores = self.judge.scores(policy, candidates, request.window)
         if candidates.valid is None:
             scores = scores[..., :full_tokens]
         sinks, recent = accounting.protected_tokens(due.point, pool.page_tokens, settings)
@@ -346,51 +315,6 @@ class Compressor:
         counts, arena = self.tables.arena(due.request_id)
         return Candidates.kept_before(
             counts, arena, tail, request.positions, due.point, pool.page_tokens
-        )
-
-    def _score(self, policy: Policy, request: _Request, candidates: Candidates) -> Tensor:
-        """f32 `[L, H, n]` of all candidates."""
-        pool, scorer = self.pool, policy.scorer
-        shape = (pool.num_layers, pool.num_heads, candidates.tokens)
-        scores = torch.zeros(shape, device=pool.device)
-        leaders_first = sorted(range(pool.num_layers), key=lambda l: policy.leader(l) != l)
-        for layer in leaders_first:
-            if (leader := policy.leader(layer)) != layer:
-                scores[layer] = candidates.passed_on(scores[leader], leader, layer)
-                continue
-            own = candidates.of_layer(layer)
-            found = self._score_layer(scorer, own, layer, request.window)[:, : candidates.tokens]
-            scores[layer, :, : found.shape[-1]] = found
-        return self._mean_over_ranks(scores) if scorer.shared_by_heads else scores
-
-    def _score_layer(
-        self, scorer: Scorer, candidates: Candidates, layer: int, window: QueryWindow | None
-    ) -> Tensor:
-        """f32 `[H, n]` of one layer's candidates."""
-        obs = self._observe(candidates, layer, window, scorer.needs_keys, scorer.needs_values)
-        return scorer.score(obs, layer)
-
-    def _observe(
-        self,
-        candidates: Candidates,
-        layer: int,
-        window: QueryWindow | None,
-        keys: bool,
-        values: bool,
-    ) -> Observation:
-        """One layer of a request as scorers see it; what they do not need is left empty."""
-        pool = self.pool
-        heads, tokens = pool.num_heads, candidates.positions.shape[-1]
-        nothing = torch.empty(heads, tokens, 0, device=pool.device)
-        none_asked = torch.empty(0, heads, 1, pool.head_size, device=pool.device)
-        return Observation(
-            queries=window.layer(layer, heads) if window else none_asked,
-            query_positions=window.positions() if window else torch.empty(0, device=pool.device),
-            keys=pool.keys(candidates.pages)[:, :tokens] if keys else nothing,
-            values=pool.values(candidates.pages)[:, :tokens] if values else nothing,
-            positions=candidates.positions,
-            valid=candidates.valid,
-            scale=self._scale,
         )
 
     def check_integrity(self) -> None:

@@ -70,8 +70,7 @@ class HeadPathBuilder:
         self, view: StepView, common: CommonAttentionMetadata
     ) -> tuple[DeviceStep, CommonAttentionMetadata]:
         query_start = common.query_start_loc_cpu.numpy()
-        request_ids = view.request_ids(common)
-        captures = view.compressor.captures(request_ids, query_start)
+        request_ids, captures = view.enter(common)
         compressed = view.compressor.rows(request_ids)
         if common.max_query_len == 1:
             if not compressed and not self._captures_graphs():

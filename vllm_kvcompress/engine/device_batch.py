@@ -29,7 +29,7 @@ class Scratch:
 
     def __init__(self, most_rows: int, heads: int, width: int, device: torch.device) -> None:
         sequences = most_rows * heads
-        self._heads, self.width = heads, width
+        self._heads, self.rows, self.width = heads, most_rows, width
         self._tables = torch.zeros(sequences * width, dtype=torch.int32, device=device)
         self._lengths = torch.zeros(sequences, dtype=torch.int32, device=device)
         self._slots = torch.full((most_rows,), -1, dtype=torch.int32, device=device)

@@ -2,20 +2,21 @@
 
 from typing import Any, ClassVar
 
-from torch import Tensor
 from vllm.platforms import current_platform
 from vllm.utils.import_utils import resolve_obj_by_qualname
-from vllm.v1.attention.backend import AttentionBackend, AttentionLayer
+from vllm.v1.attention.backend import AttentionBackend
 from vllm.v1.attention.backends.registry import AttentionBackendEnum
 
 from vllm_kvcompress.accounting import ceil_div
 from vllm_kvcompress.config import EngineConfig, parse_engine_config
+from vllm_kvcompress.engine import page_kernels
 from vllm_kvcompress.engine.attention import load
 from vllm_kvcompress.engine.compressor import Compressor
 from vllm_kvcompress.engine.device_batch import Scratch
 from vllm_kvcompress.engine.device_compressor import DeviceCompressor
+from vllm_kvcompress.engine.device_judge import DeviceJudge
 from vllm_kvcompress.engine.worker import PerHeadWorker, mean_over_ranks
-from vllm_kvcompress.paging.pool import PageFormat, PagePool
+from vllm_kvcompress.paging.pool import PagePool
 
 BACKENDS = {
     "FLASH_ATTN": "vllm_kvcompress.engine.backends.flash_attn.PerHeadFlashBackend",
@@ -37,17 +38,23 @@ class DeviceWorker(PerHeadWorker):
         return resolve_obj_by_qualname(BACKENDS[self.replaced_backend.name])
 
     def load_model(self, **kwargs: Any) -> None:
-        self._engine = load(self._config().attention_engine)()
+        config = self._config()
+        self._engine = load(config.attention_engine)()
+        self._cuda = page_kernels.load_cuda(config.kernels)
         super().load_model(**kwargs)
-
-    def page_format(self, layer: AttentionLayer, cache: Tensor) -> PageFormat:
-        _, _, page_tokens, content = cache.shape
-        return PageFormat.by_token(page_tokens, content // 2)
 
     def make_compressor(self, config: EngineConfig, pool: PagePool, scale: float) -> Compressor:
         rows, _, width = self._sizes()
         self._scratch = Scratch(rows, pool.num_heads, width, pool.device)
-        return DeviceCompressor(config, pool, scale, mean_over_ranks, rows, width)
+        model = self.vllm_config.model_config  # type: ignore[attr-defined]
+        parallel = self.vllm_config.parallel_config  # type: ignore[attr-defined]
+        group = model.get_num_attention_heads(parallel) // pool.num_heads
+        kernels = page_kernels.choose(
+            config.kernels, self._cuda, pool, group, self._scratch, model.max_model_len
+        )
+        self._engine.use(kernels.attend)
+        judge = DeviceJudge(config, pool, scale, mean_over_ranks)
+        return DeviceCompressor(config, pool, judge, rows, width, kernels.compact)
 
     def bind(self, impl: Any, pool: PagePool, pool_layer: int) -> None:
         impl.bind(pool, pool_layer, self._engine)

@@ -13,14 +13,16 @@ prompt's tail where it belongs, so that later tokens are written where vLLM expe
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
+from itertools import accumulate
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from vllm.forward_context import get_forward_context
-from vllm.v1.attention.backend import CommonAttentionMetadata
+from vllm.utils.torch_utils import async_tensor_h2d
 from vllm.v1.core.sched.output import SchedulerOutput
 
 from vllm_kvcompress.engine.compressor import Compressor, Span
@@ -35,7 +37,7 @@ class _Rows:
     """Tokens that go through a layer together, and what their attention wants to know."""
 
     positions: Tensor  # int64 [T']
-    metadata: Any
+    metadata: Any  # None: no tokens
     slots: Tensor  # [T'] where their keys and values go
 
 
@@ -67,19 +69,20 @@ class Propagation:
     """The deep layers of one worker's model.
 
     Args:
-        layers: the model's decoder layers; their `forward` takes (positions, hidden_states,
-            residual) and returns the latter two, and residual may be None.
+        model: its decoder layers' `forward` takes (positions, hidden_states, residual) and
+            returns the latter two, and residual may be None.
         view: the step's batch and the metadata builder's input (`engine/worker.py`).
         slice_tokens: most selected tokens that go through the deep layers at once.
     """
 
     def __init__(
-        self, layers: list[Any], compressor: Compressor, view: Any, stash: Stash, slice_tokens: int
+        self, model: Any, compressor: Compressor, view: Any, stash: Stash, slice_tokens: int
     ) -> None:
         self.stash = stash
-        self._layers = layers
-        self._names = [layer.self_attn.attn.layer_name for layer in layers]
-        self._forwards: list[Forward] = [layer.forward for layer in layers]
+        self._model = model
+        self._layers: list[Any] = list(model.model.layers)
+        self._names = [layer.self_attn.attn.layer_name for layer in self._layers]
+        self._forwards: list[Forward] = [layer.forward for layer in self._layers]
         self._compressor = compressor
         self._view = view
         self._slice_tokens = slice_tokens
@@ -94,10 +97,11 @@ class Propagation:
             self.stash.release(request_id)
 
     @contextmanager
-    def around_step(self, runner: Any) -> Iterator[None]:
+    def around_step(self) -> Iterator[None]:
         """Replace the deep layers while a step with prompts in `propagating` runs.
 
-        The model's compiled form, which has all layers in it, is passed by.
+        The model's compiled form, which has all layers in it, is passed by; of captured graphs
+        the caller keeps the step out.
         """
         prompts = self._compressor.propagating
         if not prompts:
@@ -107,7 +111,7 @@ class Propagation:
             layer = self._compressor.tsp_layer(request_id) + 1
             self._leaving.setdefault(layer, {})[request_id] = span
         deep = range(min(self._leaving), len(self._layers))
-        runner._model_forward = partial(_uncompiled, runner._model_forward)
+        uncompiled = self._model.register_forward_pre_hook(_pass_compiled_by)
         for layer in deep:
             self._layers[layer].forward = partial(self._deep_forward, layer)
         try:
@@ -115,7 +119,7 @@ class Propagation:
         finally:
             for layer in deep:
                 del self._layers[layer].forward
-            del runner._model_forward
+            uncompiled.remove()
             self._leaving, self._rest = {}, None
 
     def _deep_forward(
@@ -139,7 +143,7 @@ class Propagation:
             residual = residual[self._rest.tokens]
         rest = self._rest
         assert rest is not None
-        if len(rest.tokens):
+        if rest.rows.metadata is not None:
             self._attend_as(layer, rest.rows)
             hidden_states, residual = self._forwards[layer](
                 rest.rows.positions, hidden_states, residual, **options
@@ -157,10 +161,9 @@ class Propagation:
         options: dict[str, Any],
     ) -> None:
         """Take prompts out of the batch before `layer`; those that are complete go on selected."""
-        common: CommonAttentionMetadata = self._view.common
-        starts = common.query_start_loc_cpu.tolist()
+        starts = self._view.common.query_start_loc_cpu.tolist()
         last_rows: dict[str, int] = {}
-        for row, request_id in enumerate(self._view.request_ids(common)):
+        for row, request_id in enumerate(self._view.request_ids):
             if (span := leaving.get(request_id)) is None:
                 continue
             tokens = slice(starts[row], starts[row + 1])
@@ -186,23 +189,24 @@ class Propagation:
         self, layer: int, positions: Tensor, hidden_states: Tensor, residual: Tensor
     ) -> _Rest:
         """The step's batch less the prompts that have left it by `layer`."""
-        common: CommonAttentionMetadata = self._view.common
-        names = self._view.request_ids(common)
+        common, names = self._view.common, self._view.request_ids
         gone = {name for at, left in self._leaving.items() if at <= layer for name in left}
-        stays = torch.tensor([name not in gone for name in names])
-        counts = common.query_start_loc_cpu.diff()
-        tokens = stays.repeat_interleave(counts).nonzero().view(-1)
+        own = [row for row, name in enumerate(names) if name not in gone]
+        starts = common.query_start_loc_cpu.numpy()
+        spans = [np.arange(starts[row], starts[row + 1]) for row in own]
+        tokens = self._on_device(np.concatenate([np.arange(0), *spans]))
         slots, metadata = common.slot_mapping[tokens], None
-        if len(tokens):
+        if own:
+            rows = self._on_device(np.array(own))
             metadata = self._view.build(
-                [name for name in names if name not in gone],
-                counts=counts[stays].tolist(),
-                seq_lens=common.seq_lens[stays],
-                block_table=common.block_table_tensor[stays],
+                [names[row] for row in own],
+                counts=[len(span) for span in spans],
+                ends=common.seq_lens_cpu_upper_bound.numpy()[own],
+                seq_lens=common.seq_lens[rows],
+                block_table=common.block_table_tensor[rows],
                 slots=slots,
             )
-        rows = _Rows(positions[tokens], metadata, slots)
-        return _Rest(tokens, rows, hidden_states, residual)
+        return _Rest(tokens, _Rows(positions[tokens], metadata, slots), hidden_states, residual)
 
     def _sliced(self, selected: dict[str, int]) -> Iterator[list[_Slice]]:
         """All selected tokens in order, at most `slice_tokens` at a time."""
@@ -240,8 +244,8 @@ class Propagation:
             hidden_states, residual = self._forwards[deep](
                 rows.positions, hidden_states, residual, **options
             )
-        ends = torch.tensor([s.end - s.begin for s in slices]).cumsum(0) - 1
-        return [(hidden_states[end], residual[end]) for end in ends]
+        ends = list(accumulate(s.end - s.begin for s in slices))
+        return [(hidden_states[end - 1], residual[end - 1]) for end in ends]
 
     def _rows_of(
         self, slices: list[_Slice], selected: dict[str, Tensor], positions: Tensor
@@ -250,13 +254,12 @@ class Propagation:
         captures, tables, slots, start = [], [], [], 0
         for part in slices:
             plan = self._compressor.plan_of(part.request_id)
-            natural = torch.tensor(self._view.block_ids(part.request_id))
+            natural = np.array(self._view.block_ids(part.request_id))
             m = len(selected[part.request_id])
             full = plan.prompt_tokens // page_tokens
-            blocks = torch.cat(
-                [natural[: m // page_tokens], natural[full : full + (m % page_tokens > 0)]]
-            )
-            token = torch.arange(part.begin, part.end)
+            tail = natural[full : full + (m % page_tokens > 0)]
+            blocks = np.concatenate([natural[: m // page_tokens], tail])
+            token = np.arange(part.begin, part.end)
             slots.append(blocks[token // page_tokens] * page_tokens + token % page_tokens)
             tables.append(blocks)
             window = self._compressor.window_of(part.request_id)
@@ -266,15 +269,21 @@ class Propagation:
                 row = start + begin - part.begin
                 captures.append(Capture(window, begin - window_start, row, count))
             start += part.end - part.begin
-        table = torch.nn.utils.rnn.pad_sequence(tables, batch_first=True)
+        ends = np.array([s.end for s in slices], dtype=np.int32)
+        table = np.zeros((len(slices), max(map(len, tables))), dtype=np.int32)
+        for row, blocks in zip(table, tables, strict=True):
+            row[: len(blocks)] = blocks
+        written = self._on_device(np.concatenate(slots))
         metadata = self._view.build(
             [],
             counts=[s.end - s.begin for s in slices],
-            seq_lens=torch.tensor([s.end for s in slices]),
-            block_table=table,
-            slots=torch.cat(slots),
+            ends=ends,
+            seq_lens=self._on_device(ends),
+            block_table=self._on_device(table),
+            slots=written,
+            captures=captures,
         )
-        return _Rows(positions, replace(metadata, captures=captures), torch.cat(slots))
+        return _Rows(positions, metadata, written)
 
     def _attend_as(self, layer: int, rows: _Rows) -> None:
         """Let one layer's attention see these rows instead of the step's."""
@@ -282,7 +291,9 @@ class Propagation:
         context.attn_metadata[self._names[layer]] = rows.metadata
         context.slot_mapping[self._names[layer]] = rows.slots
 
+    def _on_device(self, array: np.ndarray) -> Tensor:
+        return async_tensor_h2d(array, device=self._compressor.pool.device)
 
-def _uncompiled(model_forward: Callable[..., Any], **inputs: Any) -> Any:
+
+def _pass_compiled_by(model: Any, inputs: Any) -> None:
     get_forward_context().skip_compiled = True
-    return model_forward(**inputs)

@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from vllm.config import VllmConfig
+from vllm.config import CompilationMode, VllmConfig
 
 from vllm_kvcompress.config import EngineConfig, StartupError
 
@@ -25,13 +25,11 @@ def with_tsp_capacity(config: EngineConfig, vllm_config: VllmConfig) -> EngineCo
     tokens = config.tsp_max_inflight_tokens
     asking = sorted(name for name, preset in config.asked_presets().items() if preset.propagates)
     obstacle = _obstacle(vllm_config)
-    if config.attention_engine not in ("auto", "cpu"):
-        obstacle = f"attention_engine={config.attention_engine}"
     if obstacle and (asking or tokens):
         who = f"preset {asking[0]!r}" if asking else f"tsp_max_inflight_tokens={tokens}"
         raise StartupError(
             f"token-selective propagation ({who}) does not work with {obstacle} yet; it does with "
-            f"{', '.join(ARCHITECTURES)} and attention_engine=cpu: leave it out"
+            f"{', '.join(ARCHITECTURES)}: leave it out"
         )
     if asking and tokens == 0:
         raise StartupError(
@@ -54,4 +52,6 @@ def _obstacle(vllm_config: VllmConfig) -> str | None:
             return architecture
     if model_config.get_total_num_hidden_layers() < 2:
         return "a model of one layer"
+    if vllm_config.compilation_config.mode == CompilationMode.STOCK_TORCH_COMPILE:
+        return "compilation mode STOCK_TORCH_COMPILE"  # which cannot be passed by for a step
     return "LoRA adapters" if vllm_config.lora_config is not None else None

@@ -6,8 +6,8 @@ batch in `input_batch` and its requests in `requests`, the second hands each ste
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterator, Sequence, Set
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -17,6 +17,9 @@ from vllm.v1.core.sched.output import SchedulerOutput
 from vllm.v1.outputs import KVConnectorOutput
 
 from vllm_kvcompress.engine.stats import WorkerStats
+
+FULL = frozenset({CUDAGraphMode.FULL})
+ANY = frozenset({CUDAGraphMode.FULL, CUDAGraphMode.PIECEWISE})
 
 
 class Runner(ABC):
@@ -37,10 +40,9 @@ class Runner(ABC):
     def block_ids(self, request_id: str) -> list[int]:
         """Natural block ids of a request, arena excluded."""
 
-    @contextmanager
     @abstractmethod
-    def without_full_graphs(self) -> Iterator[None]:
-        """Keep the steps inside out of graphs that would replay attention."""
+    def without_graphs(self, barred: Set[CUDAGraphMode]) -> AbstractContextManager[None]:
+        """Keep the steps inside out of captured graphs: those of attention (`FULL`) or `ANY`."""
 
     @abstractmethod
     def send_seconds(self, seconds: list[float]) -> None:
@@ -59,20 +61,15 @@ class FirstRunner(Runner):
     def block_ids(self, request_id: str) -> list[int]:
         return self._runner.requests[request_id].block_ids[0]
 
-    @contextmanager
-    def without_full_graphs(self) -> Iterator[None]:
+    def without_graphs(self, barred: Set[CUDAGraphMode]) -> AbstractContextManager[None]:
         dispatcher = self._runner.cudagraph_dispatcher
         original = dispatcher.dispatch
 
         def dispatch(*args: Any, **kwargs: Any) -> Any:
-            barred = set(kwargs.pop("invalid_modes", None) or ()) | {CUDAGraphMode.FULL}
-            return original(*args, **kwargs, invalid_modes=barred)
+            modes = set(kwargs.pop("invalid_modes", None) or ()) | barred
+            return original(*args, **kwargs, invalid_modes=modes)
 
-        dispatcher.dispatch = dispatch
-        try:
-            yield
-        finally:
-            del dispatcher.dispatch
+        return _dispatching(dispatcher, dispatch)
 
     def send_seconds(self, seconds: list[float]) -> None:
         output = self._runner.kv_connector_output or KVConnectorOutput()
@@ -112,25 +109,33 @@ class SecondRunner(Runner):
     def block_ids(self, request_id: str) -> list[int]:
         return self._blocks[request_id]
 
-    @contextmanager
-    def without_full_graphs(self) -> Iterator[None]:
+    def without_graphs(self, barred: Set[CUDAGraphMode]) -> AbstractContextManager[None]:
         manager = self._runner.cudagraph_manager
         original = manager.dispatch
 
         def dispatch(num_reqs: int, num_tokens: int, *_: Any, **kwargs: Any) -> Any:
             """As for a batch with a prefill in it: neither uniform nor bounded."""
-            return original(
+            found = original(
                 num_reqs, num_tokens, None, kwargs["num_active_loras"], max_query_len=None
             )
+            if found.cg_mode not in barred:
+                return found
+            mode = CUDAGraphMode.NONE
+            return replace(found, cg_mode=mode, num_tokens=num_tokens, num_reqs=num_reqs)
 
-        manager.dispatch = dispatch
-        try:
-            yield
-        finally:
-            del manager.dispatch
+        return _dispatching(manager, dispatch)
 
     def send_seconds(self, seconds: list[float]) -> None:
         """It builds a step's output after the worker's turn: no times on this runner."""
+
+
+@contextmanager
+def _dispatching(owner: Any, dispatch: Any) -> Iterator[None]:
+    owner.dispatch = dispatch
+    try:
+        yield
+    finally:
+        del owner.dispatch
 
 
 def runner_of(runner: Any) -> Runner:

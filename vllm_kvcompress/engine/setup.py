@@ -14,7 +14,7 @@ from vllm.logger import init_logger
 from vllm.platforms import current_platform
 from vllm.v1.attention.backends.registry import AttentionBackendEnum
 
-from vllm_kvcompress.config import EngineConfig, StartupError, parse_engine_config
+from vllm_kvcompress.config import AUTO, EngineConfig, StartupError, parse_engine_config
 from vllm_kvcompress.engine.attention import choose
 from vllm_kvcompress.engine.propagation_limits import with_tsp_capacity
 from vllm_kvcompress.engine.refusals import (
@@ -60,6 +60,11 @@ def configured(
     on_device = config.attention_engine != "cpu"
     if not on_device:
         refuse(WITH_CPU_ENGINE, engine_args)
+        if config.kernels != AUTO:
+            raise StartupError(
+                f"kernels={config.kernels} is for GPUs, and attention_engine=cpu uses none of "
+                "them: leave it out"
+            )
     os.environ.setdefault("VLLM_USE_V2_MODEL_RUNNER", "0")
     engine_args.worker_cls = DEVICE_WORKER if on_device else CPU_WORKER
     if engine_args.block_size is None and current_platform.is_cpu():

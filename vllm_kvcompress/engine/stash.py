@@ -7,9 +7,11 @@ from torch import Tensor
 class Stash:
     """A fixed pool of token slots, `[capacity, hidden]`, lent to requests for their prompts."""
 
-    def __init__(self, capacity_tokens: int, hidden_size: int, dtype: torch.dtype) -> None:
-        self._states = torch.empty(capacity_tokens, hidden_size, dtype=dtype)
-        self._free = torch.arange(capacity_tokens)
+    def __init__(
+        self, capacity_tokens: int, hidden_size: int, dtype: torch.dtype, device: torch.device
+    ) -> None:
+        self._states = torch.empty(capacity_tokens, hidden_size, dtype=dtype, device=device)
+        self._free = torch.arange(capacity_tokens, device=device)
         self._slots: dict[str, Tensor] = {}
 
     @staticmethod

@@ -6,8 +6,10 @@ Extends vLLM's `Worker` by cooperative inheritance; a platform adds its attentio
 
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass
 from typing import Any, ClassVar
 
+import numpy as np
 import torch
 from torch import Tensor
 from vllm.config import get_layers_from_vllm_config
@@ -16,8 +18,9 @@ from vllm.distributed import (
     tensor_model_parallel_all_gather,
 )
 from vllm.model_executor.layers.attention import Attention
+from vllm.utils.torch_utils import async_tensor_h2d
 from vllm.v1.attention import selector
-from vllm.v1.attention.backend import AttentionBackend, AttentionLayer, CommonAttentionMetadata
+from vllm.v1.attention.backend import AttentionBackend, CommonAttentionMetadata
 from vllm.v1.attention.backends.registry import register_backend
 from vllm.v1.core.sched.output import SchedulerOutput
 from vllm.v1.kv_cache_interface import KVCacheConfig
@@ -25,23 +28,37 @@ from vllm.v1.kv_cache_interface import KVCacheConfig
 from vllm_kvcompress.config import EngineConfig, parse_engine_config
 from vllm_kvcompress.engine.batch import HeadBatch
 from vllm_kvcompress.engine.compressor import Compressor
+from vllm_kvcompress.engine.judge import Judge
 from vllm_kvcompress.engine.propagation import Propagation
-from vllm_kvcompress.engine.runners import Runner, runner_of
+from vllm_kvcompress.engine.runners import ANY, FULL, Runner, runner_of
 from vllm_kvcompress.engine.stash import Stash
 from vllm_kvcompress.engine.windows import Capture
-from vllm_kvcompress.paging.pool import PageFormat, PagePool
+from vllm_kvcompress.paging.formats import page_format
+from vllm_kvcompress.paging.pool import PagePool
+
+
+@dataclass(frozen=True, slots=True)
+class _Part:
+    """Rows whose metadata is built apart from the step's batch."""
+
+    request_ids: Sequence[str]
+    captures: list[Capture]
 
 
 class StepView:
-    """What a metadata builder asks: which rows of this step's batch are compressed."""
+    """What a metadata builder asks: which rows of this step's batch are compressed.
 
-    common: CommonAttentionMetadata  # of the step's whole batch
+    `common` and `request_ids` are those of the step's whole batch, row by row.
+    """
+
+    common: CommonAttentionMetadata
+    request_ids: Sequence[str]
 
     def __init__(self, compressor: Compressor, runner: Runner, attn_groups: Any) -> None:
         self.compressor = compressor
         self._runner = runner
         self._attn_groups = attn_groups
-        self._part: Sequence[str] | None = None  # while metadata for part of a batch is built
+        self._part: _Part | None = None
 
     def block_ids(self, request_id: str) -> list[int]:
         """Natural block ids of a request, arena excluded."""
@@ -49,52 +66,63 @@ class StepView:
 
     def lay_out(self, common: CommonAttentionMetadata) -> tuple[HeadBatch | None, list[Capture]]:
         """See `Compressor.lay_out`. Dummy runs have no requests and are laid out as plain."""
-        if self._part is None:
-            self.common = common
-        request_ids = self.request_ids(common)
+        request_ids, aside = self.enter(common)
         query_start = common.query_start_loc_cpu.numpy()
         seq_lens = common.seq_lens_cpu_upper_bound.numpy()
-        return self.compressor.lay_out(request_ids, query_start, seq_lens, self.block_ids)
+        heads = self.compressor.lay_out(request_ids, query_start, seq_lens, self.block_ids)
+        return heads, aside
 
-    def request_ids(self, common: CommonAttentionMetadata) -> Sequence[str]:
-        """The batch's requests, row by row."""
+    def enter(self, common: CommonAttentionMetadata) -> tuple[Sequence[str], list[Capture]]:
+        """Whose rows metadata is built for, and the queries among them to keep aside."""
         if self._part is not None:
-            return self._part
-        return self._runner.request_ids(common.num_reqs)
+            return self._part.request_ids, self._part.captures
+        self.common, self.request_ids = common, self._runner.request_ids(common.num_reqs)
+        query_start = common.query_start_loc_cpu.numpy()
+        return self.request_ids, self.compressor.captures(self.request_ids, query_start)
 
     def build(
         self,
         request_ids: Sequence[str],
         counts: list[int],
+        ends: np.ndarray,
         seq_lens: Tensor,
         block_table: Tensor,
         slots: Tensor,
+        captures: list[Capture] | None = None,
     ) -> Any:
         """Metadata for part of the step's batch, or for rows that are not in it.
 
         Args:
             request_ids: the rows' requests where they stand in the batch, else none.
-            counts: tokens of each row; seq_lens: `[R]` tokens once the step is done.
-            block_table: `[R, blocks]` natural blocks.
+            counts: tokens of each row.
+            ends, seq_lens: int32 `[R]` tokens once the step is done, on the host and as attention
+                reads them.
+            block_table: int32 `[R, blocks]` natural blocks.
             slots: `[T]` where keys and values go.
+            captures: queries to keep aside; None: the step's own of these requests.
         """
         whole = self.common
-        starts = torch.tensor([0, *counts]).cumsum(0).to(whole.query_start_loc.dtype)
-        seq_lens = seq_lens.to(whole.seq_lens.dtype)
+        starts = np.cumsum([0, *counts], dtype=np.int32)
+        if captures is None:
+            captures = self.compressor.captures(request_ids, starts)
         part = whole.replace(
-            query_start_loc=starts,
-            query_start_loc_cpu=starts,
+            query_start_loc=async_tensor_h2d(starts, device=whole.seq_lens.device),
+            query_start_loc_cpu=torch.from_numpy(starts),
             seq_lens=seq_lens,
-            seq_lens_cpu_upper_bound=seq_lens,
+            seq_lens_cpu_upper_bound=torch.from_numpy(ends),
             num_reqs=len(counts),
             num_actual_tokens=sum(counts),
             max_query_len=max(counts),
-            block_table_tensor=block_table.to(whole.block_table_tensor.dtype).contiguous(),
+            max_seq_len=int(ends.max()),
+            block_table_tensor=block_table,
             slot_mapping=slots,
             is_prefilling=None,
             positions=None,
+            req_idx=None,
+            _num_computed_tokens_cache=None,
+            _token_to_req_indices_cache=None,
         )
-        self._part = request_ids
+        self._part = _Part(request_ids, captures)
         try:
             return self._attn_groups[0][0].metadata_builders[0].build(0, part)
         finally:
@@ -109,13 +137,9 @@ class PerHeadWorker:
     compressor: Compressor | None = None
     propagation: Propagation | None = None
 
-    def page_format(self, layer: AttentionLayer, cache: Tensor) -> PageFormat:
-        """How this platform's kernels pack a page."""
-        raise NotImplementedError
-
     def make_compressor(self, config: EngineConfig, pool: PagePool, scale: float) -> Compressor:
         """The compressor of this worker's pages."""
-        return Compressor(config, pool, scale, mean_over_ranks)
+        return Compressor(config, pool, Judge(config, pool, scale, mean_over_ranks))
 
     def bind(self, impl: Any, pool: PagePool, pool_layer: int) -> None:
         """Tell a layer's attention where its pages are."""
@@ -142,7 +166,7 @@ class PerHeadWorker:
         layers = get_layers_from_vllm_config(vllm_config, Attention, group.layer_names)
         caches = [layer.kv_cache for layer in layers.values()]
         first = next(iter(layers.values()))
-        pool = PagePool(caches, self.page_format(first, caches[0]))
+        pool = PagePool(caches, page_format(first, caches[0]))
         config = parse_engine_config(vllm_config.additional_config["kv_compress"])
         self.compressor = self.make_compressor(config, pool, first.impl.scale)
         self._runner = runner_of(runner)
@@ -156,10 +180,10 @@ class PerHeadWorker:
 
         if config.tsp_max_inflight_tokens:
             self.propagation = Propagation(
-                list(runner.model.model.layers),
+                runner.get_model(),
                 self.compressor,
                 self._view,
-                Stash(*self._stash_shape(config)),
+                Stash(*self._stash_shape(config), pool.device),
                 vllm_config.scheduler_config.max_num_batched_tokens,
             )
 
@@ -196,10 +220,12 @@ class PerHeadWorker:
         selecting: AbstractContextManager[None] = nullcontext()
         if propagation is not None:
             propagation.begin_step(scheduler_output)
-            selecting = propagation.around_step(self.model_runner)  # type: ignore[attr-defined]
+            selecting = propagation.around_step()
         graphs: AbstractContextManager[None] = nullcontext()
-        if compressor.keeps_queries:
-            graphs = self._runner.without_full_graphs()
+        if compressor.propagating:
+            graphs = self._runner.without_graphs(ANY)
+        elif compressor.keeps_queries:
+            graphs = self._runner.without_graphs(FULL)
         with selecting, graphs:
             output = super().execute_model(scheduler_output)  # type: ignore[misc]
         compressor.finish_step(self._view.block_ids)

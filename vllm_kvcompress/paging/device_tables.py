@@ -1,8 +1,8 @@
 """Worker side on a GPU: what a compressed request stores there, one fixed slot each.
 
-Only the K arena blocks and where each head's pages begin among them (`kernels.Arenas`); block
-tables are written from that on the device, layer by layer. Nothing here moves when requests come
-and go, so a captured graph may read it.
+Only the K arena blocks and where each head's pages begin among them (`kernels.Arenas`), or how
+many of its natural pages each head reads; block tables are written from that on the device, layer
+by layer. Nothing here moves when requests come and go, so a captured graph may read it.
 """
 
 import torch
@@ -52,17 +52,29 @@ class DeviceTables:
             arena_blocks: int64 `[K]`.
             tail_start: first token position of its natural tail, a multiple of B.
         """
-        if request_id not in self._slots:
-            self._slots[request_id] = self._free.pop()
         self._arena_blocks[request_id] = len(arena_blocks)
         tail_block = tail_start // self._pool.page_tokens
-        self.arenas.put(self._slots[request_id], arena_blocks, pages, tail_block)
+        self.arenas.put(self._slot_for(request_id), arena_blocks, pages, tail_block)
+
+    def hold(self, request_id: str, pages: Tensor, natural: list[int]) -> None:
+        """Enter a request whose heads read their first natural pages, some fewer than others.
+
+        Args:
+            pages: int64 `[L, H]` how many of them; stays on the device.
+            natural: block ids before its tail.
+        """
+        self.arenas.hold(self._slot_for(request_id), pages, len(natural))
+
+    def _slot_for(self, request_id: str) -> int:
+        if request_id not in self._slots:
+            self._slots[request_id] = self._free.pop()
+        return self._slots[request_id]
 
     def remove(self, request_id: str) -> None:
         """Forget a request; steps on their way still read its slot before it is written again."""
         slot = self._slots.pop(request_id, None)
         if slot is not None:
-            del self._arena_blocks[request_id]
+            self._arena_blocks.pop(request_id, None)
             self._free.append(slot)
 
     def arena(self, request_id: str) -> tuple[Tensor, Tensor]:
@@ -88,8 +100,8 @@ class DeviceTables:
             RuntimeError: with both counts.
         """
         lanes, seen = self._pool.pages_per_block, []
-        for request_id, slot in self._slots.items():
-            blocks = self._arena_blocks[request_id]
+        for request_id, blocks in self._arena_blocks.items():
+            slot = self._slots[request_id]
             dealt = int(self.arenas.starts[slot, -1])
             if dealt != blocks * lanes:
                 raise RuntimeError(f"{dealt} pages dealt out of an arena of {blocks * lanes}")

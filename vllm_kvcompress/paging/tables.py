@@ -77,6 +77,17 @@ class PageTables:
         """`put` with the arena named by its blocks, int64 `[K]`."""
         self.put(request_id, pages, self._pool.block_pages(arena_blocks), tail_start)
 
+    def hold(self, request_id: str, pages: Tensor, natural: list[int]) -> None:
+        """Enter a request whose heads read their first natural pages, some fewer than others.
+
+        Args:
+            pages: int64 `[L, H]` how many of them.
+            natural: block ids before its tail.
+        """
+        ids = self._pool.page_ids(self._pool.ids(natural))
+        held = torch.arange(len(natural)) < pages[..., None]
+        self.put(request_id, pages, ids[held], len(natural) * self._pool.page_tokens)
+
     def remove(self, request_id: str) -> None:
         """Forget a request; the last slot moves into the hole."""
         hole = self._slots.pop(request_id, None)

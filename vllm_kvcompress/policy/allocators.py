@@ -9,6 +9,7 @@ from torch import Tensor
 
 from vllm_kvcompress.policy.interfaces import Allocator
 from vllm_kvcompress.policy.pages import apportion, deal_best_pages, page_prices
+from vllm_kvcompress.policy.ranking import MarkedScores
 from vllm_kvcompress.policy.registry import register_allocator
 
 
@@ -18,9 +19,15 @@ class UniformAllocator(Allocator):
     """Every head of every layer the same."""
 
     def allocate(
-        self, scores: Tensor, total_pages: int, page_tokens: int, min_pages: int, max_pages: Tensor
+        self,
+        scores: MarkedScores,
+        total_pages: int,
+        page_tokens: int,
+        min_pages: int,
+        max_pages: Tensor,
     ) -> Tensor:
-        return _in_proportion(torch.ones(scores.shape[0]), total_pages, min_pages, max_pages)
+        shares = torch.ones(len(max_pages), device=max_pages.device)
+        return _in_proportion(shares, total_pages, min_pages, max_pages)
 
 
 @register_allocator("pyramid")
@@ -37,14 +44,21 @@ class PyramidAllocator(Allocator):
     uniform_below_tokens: Annotated[int, Field(ge=0)] = 64
 
     def allocate(
-        self, scores: Tensor, total_pages: int, page_tokens: int, min_pages: int, max_pages: Tensor
+        self,
+        scores: MarkedScores,
+        total_pages: int,
+        page_tokens: int,
+        min_pages: int,
+        max_pages: Tensor,
     ) -> Tensor:
-        layers, heads, n = scores.shape
+        layers, heads, n = scores.values.shape
         mean_tokens = total_pages * page_tokens / (layers * heads)
-        shares = self.layer_tokens(layers, mean_tokens, n)
+        shares = self.layer_tokens(layers, mean_tokens, n, max_pages.device)
         return _in_proportion(shares, total_pages, min_pages, max_pages)
 
-    def layer_tokens(self, layers: int, mean_tokens: float, n: int) -> Tensor:
+    def layer_tokens(
+        self, layers: int, mean_tokens: float, n: int, device: torch.device | str = "cpu"
+    ) -> Tensor:
         """Tokens per head of each layer before rounding to pages, f64 `[L]`."""
         last = mean_tokens / self.beta
         first = 2 * mean_tokens - last
@@ -53,7 +67,7 @@ class PyramidAllocator(Allocator):
             last = 2 * mean_tokens - first
         if not n >= first >= last >= self.uniform_below_tokens:
             first = last = mean_tokens
-        return torch.linspace(first, last, layers, dtype=torch.float64)
+        return torch.linspace(first, last, layers, dtype=torch.float64, device=device)
 
 
 @register_allocator("group-pyramid")
@@ -75,9 +89,14 @@ class GroupPyramidAllocator(Allocator):
     floor_layers: Annotated[int, Field(ge=1)] | None = None
 
     def allocate(
-        self, scores: Tensor, total_pages: int, page_tokens: int, min_pages: int, max_pages: Tensor
+        self,
+        scores: MarkedScores,
+        total_pages: int,
+        page_tokens: int,
+        min_pages: int,
+        max_pages: Tensor,
     ) -> Tensor:
-        layers, heads, _ = scores.shape
+        layers, heads = max_pages.shape
         groups = layers // self.group_layers
         lanes = layers * heads
         if layers % self.group_layers or total_pages % (self.group_layers * heads):
@@ -85,26 +104,29 @@ class GroupPyramidAllocator(Allocator):
                 f"groups of {self.group_layers} layers cannot share {total_pages} pages of "
                 f"{layers} layers and {heads} heads evenly"
             )
-        tokens = self.group_tokens(total_pages * page_tokens // lanes, groups)
-        least_of_group = max_pages.view(groups, -1).amin(dim=-1).cpu()
+        most = max_pages.view(groups, -1).amin(dim=-1)
         per_head = apportion(
-            torch.tensor(tokens, dtype=torch.float64),
+            self.group_tokens(total_pages * page_tokens // lanes, groups, max_pages.device),
             total_pages * groups // lanes,
-            torch.full((groups,), min_pages),
-            least_of_group,
+            torch.full_like(most, min_pages),
+            most,
         )
-        pages = per_head.repeat_interleave(self.group_layers * heads)
-        return pages.view_as(max_pages).to(max_pages.device)
+        return per_head.repeat_interleave(self.group_layers * heads).view_as(max_pages)
 
-    def group_tokens(self, mean_tokens: int, groups: int) -> list[int]:
-        """Tokens per head of each group before rounding to pages, as the released code has them."""
-        if groups == 1:
-            return [mean_tokens]
+    def group_tokens(
+        self, mean_tokens: int, groups: int, device: torch.device | str = "cpu"
+    ) -> Tensor:
+        """Tokens per head of each group before rounding to pages, as the released code has them.
+
+        int64 `[groups]`.
+        """
         last = mean_tokens * (self.floor_layers or self.group_layers) // self.beta
         last = min(last, mean_tokens)
         first = 2 * mean_tokens - last
-        step = (first - last) // (groups - 1)
-        return [first - i * step for i in range(groups - 1)] + [last]
+        step = (first - last) // max(1, groups - 1)
+        tokens = first - step * torch.arange(groups, device=device)
+        tokens[-1:] = last if groups > 1 else mean_tokens
+        return tokens
 
 
 @register_allocator("adaptive")
@@ -118,18 +140,20 @@ class AdaptiveAllocator(Allocator):
     alpha: Annotated[float, Field(ge=0, le=1)] = 0.2
 
     def allocate(
-        self, scores: Tensor, total_pages: int, page_tokens: int, min_pages: int, max_pages: Tensor
+        self,
+        scores: MarkedScores,
+        total_pages: int,
+        page_tokens: int,
+        min_pages: int,
+        max_pages: Tensor,
     ) -> Tensor:
-        layers, heads, _ = scores.shape
-        totals = apportion(
-            torch.ones(layers),
-            total_pages,
-            torch.full((layers,), heads * min_pages),
-            max_pages.sum(dim=-1).cpu(),
-        ).to(scores.device)
+        layers, heads = max_pages.shape
+        most = max_pages.sum(dim=-1)
+        shares = torch.ones(layers, device=most.device)
+        totals = apportion(shares, total_pages, torch.full_like(most, heads * min_pages), most)
         sure = (totals * self.alpha / heads).floor().long().clamp(min=min_pages).unsqueeze(-1)
         least = torch.minimum(sure.expand(layers, heads), max_pages)
-        return deal_best_pages(page_prices(scores, page_tokens), totals, least, max_pages)
+        return deal_best_pages(page_prices(scores.ascending, page_tokens), totals, least, max_pages)
 
 
 @register_allocator("global")
@@ -143,11 +167,18 @@ class GlobalAllocator(Allocator):
     """
 
     def allocate(
-        self, scores: Tensor, total_pages: int, page_tokens: int, min_pages: int, max_pages: Tensor
+        self,
+        scores: MarkedScores,
+        total_pages: int,
+        page_tokens: int,
+        min_pages: int,
+        max_pages: Tensor,
     ) -> Tensor:
-        prices = page_prices(scores, page_tokens).flatten(0, 1).unsqueeze(0)  # [1, L*H, P]
-        totals = torch.tensor([total_pages], device=scores.device)
+        prices = (
+            page_prices(scores.ascending, page_tokens).flatten(0, 1).unsqueeze(0)
+        )  # [1, L*H, P]
         most = max_pages.view(1, -1)
+        totals = torch.full((1,), total_pages, device=most.device)
         least = torch.full_like(most, min_pages)
         return deal_best_pages(prices, totals, least, most).view_as(max_pages)
 
@@ -157,6 +188,5 @@ def _in_proportion(
 ) -> Tensor:
     """Pages in proportion to `layer_shares` `[L]`, the same for all heads of a layer."""
     shares = layer_shares.unsqueeze(-1).expand(max_pages.shape).flatten()
-    most = max_pages.flatten().cpu()
-    pages = apportion(shares, total_pages, torch.full_like(most, min_pages), most)
-    return pages.view_as(max_pages).to(max_pages.device)
+    most = max_pages.flatten()
+    return apportion(shares, total_pages, torch.full_like(most, min_pages), most).view_as(max_pages)

@@ -2,6 +2,8 @@
 
 L layers, H KV heads of this rank, n candidates, B tokens per page. All are pure: the
 answer for a request depends on its own tensors only, never on what else is in the batch.
+On a GPU none should ask a tensor for a number (`.item()`, `nonzero`, a mask as an index): the
+host would wait for the device.
 """
 
 from abc import ABC, abstractmethod
@@ -10,6 +12,7 @@ from typing import ClassVar
 from torch import Tensor
 
 from vllm_kvcompress.policy.observation import Observation
+from vllm_kvcompress.policy.ranking import MarkedScores
 
 
 class Scorer(ABC):
@@ -36,13 +39,18 @@ class Allocator(ABC):
 
     @abstractmethod
     def allocate(
-        self, scores: Tensor, total_pages: int, page_tokens: int, min_pages: int, max_pages: Tensor
+        self,
+        scores: MarkedScores,
+        total_pages: int,
+        page_tokens: int,
+        min_pages: int,
+        max_pages: Tensor,
     ) -> Tensor:
         """int64 `[L, H]`, summing to `total_pages`, each from `min_pages` to its `max_pages`.
 
         Args:
-            scores: f32 `[L, H, n]`; `+inf` marks protected tokens (the first `min_pages` pages
-                of every head have room for them), `-inf` padding, everything else is finite.
+            scores: of n candidates of each head; the first `min_pages` pages of every head have
+                room for the protected tokens.
             total_pages: pages of the request over all layers and heads.
             page_tokens: B.
             min_pages: the least that every head gets.
@@ -54,11 +62,13 @@ class Selector(ABC):
     """Picks the tokens that fill the pages of each head."""
 
     @abstractmethod
-    def select(self, scores: Tensor, pages: Tensor, page_tokens: int) -> Tensor:
-        """Kept tokens as indices into `scores.view(-1)`, int64 `[pages.sum() * B]`, ascending.
+    def select(
+        self, scores: MarkedScores, pages: Tensor, total_pages: int, page_tokens: int
+    ) -> Tensor:
+        """Kept tokens as indices into the flat scores, int64 `[total_pages * B]`, ascending.
 
         So they are grouped by (layer, head) and sorted by position inside a head, and each head
-        has exactly `pages[l, h] * B` of them. Takes `scores` as `Allocator.allocate` does.
+        has exactly `pages[l, h] * B` of them; `total_pages` is the sum of `pages`.
         """
 
 

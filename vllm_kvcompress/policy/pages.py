@@ -3,10 +3,10 @@
 import torch
 from torch import Tensor
 
-from vllm_kvcompress.policy.ranking import ascending, largest
+from vllm_kvcompress.policy.ranking import largest
 
 
-def page_prices(scores: Tensor, page_tokens: int) -> Tensor:
+def page_prices(ranked: Tensor, page_tokens: int) -> Tensor:
     """The worth of each head's 1st, 2nd, ... page if it is filled in rank order.
 
     A head with p pages keeps its `p * B` best tokens, so its p-th page is worth the sum of the
@@ -15,15 +15,15 @@ def page_prices(scores: Tensor, page_tokens: int) -> Tensor:
     every head anyway and count nothing.
 
     Args:
-        scores: f32 `[..., n]`.
+        ranked: f32 `[..., n]`, ascending marked scores.
 
     Returns:
         f32 `[..., n // B]`.
     """
-    pages = scores.shape[-1] // page_tokens
-    ranked = ascending(scores).nan_to_num_(posinf=0.0, neginf=0.0)
-    whole = ranked[..., scores.shape[-1] - pages * page_tokens :]
-    return whole.view(*whole.shape[:-1], pages, page_tokens).sum(dim=-1).flip(-1)
+    pages = ranked.shape[-1] // page_tokens
+    whole = ranked[..., ranked.shape[-1] - pages * page_tokens :]
+    counted = whole.nan_to_num(posinf=0.0, neginf=0.0)
+    return counted.view(*whole.shape[:-1], pages, page_tokens).sum(dim=-1).flip(-1)
 
 
 def deal_best_pages(prices: Tensor, totals: Tensor, least: Tensor, most: Tensor) -> Tensor:
@@ -60,30 +60,23 @@ def apportion(shares: Tensor, total: int, least: Tensor, most: Tensor) -> Tensor
     """
     quotas = _bounded_quotas(shares.double().clamp(min=1e-9), total, least, most)
     parts = torch.minimum((quotas + 1e-9).floor().long(), most)
-    fractions = ((quotas - parts) * 1e6).round()
-    while (left := total - int(parts.sum())) > 0:
-        open_fractions = fractions.masked_fill(parts >= most, -torch.inf)
-        winners = open_fractions.argsort(descending=True, stable=True)
-        winners = winners[: min(left, int((parts < most).sum()))]
-        parts[winners] += 1
-    return parts
+    fractions = ((quotas - parts) * 1e6).round().masked_fill_(parts >= most, -torch.inf)
+    return parts + largest(fractions, total - parts.sum())
 
 
 def _bounded_quotas(shares: Tensor, total: int, least: Tensor, most: Tensor) -> Tensor:
-    """Real numbers in proportion to `shares` except where a bound holds; they sum to `total`."""
-    quotas = torch.zeros_like(shares)
-    free = torch.ones_like(shares, dtype=torch.bool)
-    while bool(free.any()):
-        scale = (total - quotas[~free].sum()) / shares[free].sum()
-        quotas = torch.where(free, shares * scale, quotas)
-        too_low = free & (quotas < least)
-        too_high = free & (quotas > most)
-        missing = (least - quotas)[too_low].sum()
-        excess = (quotas - most)[too_high].sum()
-        if missing == 0 and excess == 0:
-            return quotas
-        # The graver violations are certain to end at their bound; the others may yet mend.
-        fixed, bounds = (too_low, least) if missing >= excess else (too_high, most)
-        quotas = torch.where(fixed, bounds.double(), quotas)
-        free = free & ~fixed
-    return quotas
+    """Real numbers in proportion to `shares` except where a bound holds; they sum to `total`.
+
+    A quota is `share * scale` clamped to its bounds, and the sum of the quotas grows with the
+    scale: of the scales at which a bound begins or ceases to hold, the last before `total` and
+    the first behind it say which bounds hold.
+    """
+    begins, ceases = least / shares, most / shares
+    scales = torch.cat([begins, ceases])
+    sums = torch.clamp(scales.unsqueeze(-1) * shares, least, most).sum(dim=-1)
+    before = scales.masked_fill(sums > total, -torch.inf).amax()
+    behind = scales.masked_fill(sums < total, torch.inf).amin()
+    low, high = begins >= behind, ceases <= before
+    held = torch.where(low, least, most).double().masked_fill_(~(low | high), 0.0)
+    free = shares.masked_fill(low | high, 0.0)
+    return held + free * ((total - held.sum()) / free.sum().clamp(min=1e-300))

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from vllm_kvcompress.accounting import ceil_div
 from vllm_kvcompress.policy.interfaces import Allocator, Propagator, Scorer, Selector
+from vllm_kvcompress.policy.ranking import MarkedScores
 
 # Scores beyond it are cut, so that the sum of a page stays finite.
 MAX_SCORE = 1e30
@@ -67,7 +68,7 @@ class Policy:
             sinks, recent: protected tokens per head.
             valid: `[L, H, n]` bool, False for padding.
 
-        Raises:
+        Raises: on a CPU; a GPU would have to be waited for.
             ValueError: `total_pages` cannot be met: too few for the protected tokens, or more
                 than the candidates fill.
             RuntimeError: an allocator or selector broke its contract.
@@ -76,24 +77,28 @@ class Policy:
         min_pages = max(1, ceil_div(min(sinks + recent, n), page_tokens))
         if valid is None:
             max_pages = torch.full((layers, heads), n // page_tokens, device=scores.device)
-            fewest, most = n // page_tokens, layers * heads * (n // page_tokens)
         else:
             max_pages = valid.sum(dim=-1) // page_tokens
-            fewest, most = int(max_pages.min()), int(max_pages.sum())
-        if not layers * heads * min_pages <= total_pages <= most or fewest < min_pages:
-            raise ValueError(
-                f"cannot keep {total_pages} pages of {page_tokens} tokens: {layers * heads} heads "
-                f"need {min_pages} each, the poorest can fill {fewest}, all together {most}"
-            )
-        marked = _mark(scores, sinks, recent, valid)
+        if scores.device.type == "cpu":
+            _check_total(total_pages, page_tokens, min_pages, max_pages)
+        marked = MarkedScores(_mark(scores, sinks, recent, valid))
         pages = self.allocator.allocate(marked, total_pages, page_tokens, min_pages, max_pages)
-        indices = self.selector.select(marked, pages, page_tokens)
-        if len(indices) != total_pages * page_tokens:
+        indices = self.selector.select(marked, pages, total_pages, page_tokens)
+        if scores.device.type == "cpu" and int(pages.sum()) != total_pages:
             raise RuntimeError(
-                f"{type(self.allocator).__name__} and {type(self.selector).__name__} kept "
-                f"{len(indices)} tokens, not {total_pages} pages of {page_tokens}"
+                f"{type(self.allocator).__name__} allocated {int(pages.sum())} pages, "
+                f"not {total_pages}"
             )
         return Kept(pages, indices)
+
+
+def _check_total(total_pages: int, page_tokens: int, min_pages: int, max_pages: Tensor) -> None:
+    fewest, most, heads = int(max_pages.min()), int(max_pages.sum()), max_pages.numel()
+    if not heads * min_pages <= total_pages <= most or fewest < min_pages:
+        raise ValueError(
+            f"cannot keep {total_pages} pages of {page_tokens} tokens: {heads} heads "
+            f"need {min_pages} each, the poorest can fill {fewest}, all together {most}"
+        )
 
 
 def _mark(scores: Tensor, sinks: int, recent: int, valid: Tensor | None) -> Tensor:

@@ -10,7 +10,7 @@ from torch import Tensor
 from vllm_kvcompress.policy.attention import AttentionScorer
 from vllm_kvcompress.policy.interfaces import Propagator
 from vllm_kvcompress.policy.observation import Observation
-from vllm_kvcompress.policy.ranking import largest
+from vllm_kvcompress.policy.ranking import indices_of, largest
 from vllm_kvcompress.policy.registry import register_propagator
 
 
@@ -28,12 +28,13 @@ class AttentionPropagator(Propagator):
     pool_tokens: Annotated[int, Field(ge=1, le=1024)] = 7
 
     def __post_init__(self) -> None:
-        self._scorer()
+        self.scorer()
 
     def saliency(self, obs: Observation, layer: int) -> Tensor:
-        return self._scorer().score(obs, layer).sum(dim=0)
+        return self.scorer().score(obs, layer).sum(dim=0)
 
-    def _scorer(self) -> AttentionScorer:
+    def scorer(self) -> AttentionScorer:
+        """Whose scores, summed over the heads, are the saliency."""
         return AttentionScorer(
             power=1, pool=self.pool, pool_tokens=self.pool_tokens, score_window=False
         )
@@ -51,5 +52,5 @@ def select_positions(saliency: Tensor, tokens: int, last: int) -> Tensor:
     """
     worth = saliency.float().nan_to_num(nan=-torch.inf).clone()
     worth[len(worth) - last :] = torch.inf
-    count = torch.tensor(tokens, device=worth.device)
-    return largest(worth, count).nonzero().view(-1)
+    count = torch.full((), tokens, device=worth.device)
+    return indices_of(largest(worth, count), tokens)

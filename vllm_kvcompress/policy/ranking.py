@@ -1,8 +1,30 @@
-"""Exact "the k largest of each row", with k a tensor: what allocators and selectors share."""
+"""Exact "the k largest of each row", with k a tensor: what allocators and selectors share.
+
+All shapes follow from numbers that the host knows, so nothing here waits for a GPU.
+"""
+
+from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 import torch
 from torch import Tensor
+
+
+@dataclass(frozen=True)
+class MarkedScores:
+    """The scores of a request's candidates, with marks where the score does not matter.
+
+    values: f32 `[L, H, n]`; `+inf` marks protected tokens, `-inf` padding, everything else is
+        finite.
+    """
+
+    values: Tensor
+
+    @cached_property
+    def ascending(self) -> Tensor:
+        """`values`, each head's in ascending order; sorted when first asked for."""
+        return ascending(self.values)
 
 
 def ascending(values: Tensor) -> Tensor:
@@ -16,20 +38,28 @@ def ascending(values: Tensor) -> Tensor:
     return values.sort(dim=-1).values
 
 
-def largest(values: Tensor, counts: Tensor) -> Tensor:
+def largest(values: Tensor, counts: Tensor, ranked: Tensor | None = None) -> Tensor:
     """Mark the `counts[...]` largest of each row; among equals the lower index wins.
 
     Args:
-        values: f32 `[..., n]` without NaN.
+        values: f32 or f64 `[..., n]` without NaN.
         counts: int64 `[...]`, each from 0 to n.
+        ranked: `ascending(values)`, where it is known.
 
     Returns:
         bool `[..., n]` with exactly `counts` True in each row.
     """
     n = values.shape[-1]
+    if ranked is None:
+        ranked = ascending(values)
     last_kept = (n - counts).clamp_(max=n - 1).unsqueeze(-1)
-    threshold = ascending(values).gather(-1, last_kept)
+    threshold = ranked.gather(-1, last_kept)
     above = values > threshold
     equal = values == threshold
     free = counts.unsqueeze(-1) - above.sum(dim=-1, keepdim=True)
-    return above | (equal & (equal.cumsum(dim=-1, dtype=torch.int32) <= free))
+    return above | (equal & (equal.cumsum(dim=-1) <= free))
+
+
+def indices_of(mask: Tensor, count: int) -> Tensor:
+    """Where the flat `mask` is True, int64 `[count]`, ascending; `count` is how often it is."""
+    return mask.view(-1).nonzero_static(size=count, fill_value=0).view(-1)

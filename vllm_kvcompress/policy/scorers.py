@@ -57,7 +57,7 @@ class RandomScorer(Scorer):
 
     def score(self, obs: Observation, layer: int) -> Tensor:
         head = torch.arange(obs.heads, device=obs.positions.device).unsqueeze(-1)
-        stream = _mix(_mix(head + 1) + _mix(torch.tensor(layer + 1, device=head.device)))
+        stream = _mix(_mix(head + 1) + _mix(torch.full_like(head, layer + 1)))
         bits = _mix(obs.head_positions() + _mix(stream + (self.seed & 0xFFFFFFFF)))
         return (bits >> 8).float() / 2**24
 

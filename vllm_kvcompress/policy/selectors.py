@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from vllm_kvcompress.policy.interfaces import Selector
-from vllm_kvcompress.policy.ranking import largest
+from vllm_kvcompress.policy.ranking import MarkedScores, indices_of, largest
 from vllm_kvcompress.policy.registry import register_selector
 
 
@@ -14,5 +14,8 @@ from vllm_kvcompress.policy.registry import register_selector
 class TopKSelector(Selector):
     """The best tokens of each head; among equals the earlier one."""
 
-    def select(self, scores: Tensor, pages: Tensor, page_tokens: int) -> Tensor:
-        return largest(scores, pages * page_tokens).view(-1).nonzero().view(-1)
+    def select(
+        self, scores: MarkedScores, pages: Tensor, total_pages: int, page_tokens: int
+    ) -> Tensor:
+        best = largest(scores.values, pages * page_tokens, scores.ascending)
+        return indices_of(best, total_pages * page_tokens)

@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 from typing import Annotated, ClassVar, Literal
 
+import torch
 import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor
@@ -47,21 +48,23 @@ class WindowScorer(Scorer):
             pool_tokens=self.pool_tokens,
             score_window=False,
         )
-        review = int((obs.positions < obs.query_positions.min()).sum())
-        mass = attention.pooled(attention.mass(obs))[..., :review].flatten(0, 1)  # [Hq, R]
-        worth = self.window_worth(mass).repeat_interleave(self.review_tokens)[:review]
-        return F.pad(worth, (0, obs.tokens - review)).expand(obs.heads, obs.tokens)
+        mass = attention.pooled(attention.mass(obs)).flatten(0, 1)  # [Hq, n]
+        in_review = obs.positions < obs.query_positions.min()
+        worth = self.window_worth(mass * in_review, in_review.sum())
+        worth = worth.repeat_interleave(self.review_tokens)[: obs.tokens] * in_review
+        return worth.expand(obs.heads, obs.tokens)
 
-    def window_worth(self, mass: Tensor) -> Tensor:
-        """Worth of each window: attention f32 `[Hq, R]` to f32 `[ceil(R / review_tokens)]`."""
+    def window_worth(self, mass: Tensor, review: Tensor | int) -> Tensor:
+        """Worth of each window: attention f32 `[Hq, n]` to f32 `[ceil(n / review_tokens)]`.
+
+        review: how many tokens, from the first on, are of the review; the others have no mass.
+        """
         size = self.review_tokens
-        short = -mass.shape[-1] % size
-        windows = F.pad(mass, (0, short)).view(len(mass), -1, size)  # [Hq, windows, size]
+        windows = F.pad(mass, (0, -mass.shape[-1] % size)).view(len(mass), -1, size)
         counted = size
         if self.worth == "top-half":
             counted = size // 2
             windows = windows.topk(counted).values
-        worth = windows.sum(dim=-1) / counted
-        if short:
-            worth[..., -1] *= counted / min(counted, size - short)
-        return worth.mean(dim=0)
+        start = torch.arange(0, mass.shape[-1], size, device=mass.device)
+        held = (review - start).clamp(1, counted)  # of the last window, which may be short
+        return (windows.sum(dim=-1) / counted * (counted / held)).mean(dim=0)

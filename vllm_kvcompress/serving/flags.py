@@ -61,7 +61,8 @@ def add_flags(parser: ArgumentParser) -> None:
         help="Overrides for the preset of `--kv-compress`, for instance "
         """'{"rate": 4, "window_tokens": 32}'. `attention_engine` says whose kernel reads """
         "compressed requests; `auto` takes the first that runs here of "
-        f"{', '.join(ATTENTION_ENGINES)}.",
+        f"{', '.join(ATTENTION_ENGINES)}. `kernels` says which of this package's own to use on a "
+        "GPU: `triton`, `cuda`, or `auto`, the faster of the two.",
     )
     group.add_argument(
         "--kv-compress-store",

@@ -1,6 +1,7 @@
 """What an attention engine is asked, and how it answers."""
 
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -50,6 +51,9 @@ class AttentionEngine(ABC):
     @abstractmethod
     def obstacle(cls, platform: Any, dtype: str) -> str | None:
         """Why it cannot run here with a model of this dtype; None when it can."""
+
+    def use(self, attend_pages: Callable[..., None]) -> None:  # noqa: B027
+        """Call this for what `kernels.attend_pages` does, where the engine calls that."""
 
     @abstractmethod
     def attend(self, call: HeadCall) -> None:

@@ -1,5 +1,6 @@
-"""`triton`: our split-KV kernel for one query token, vLLM's unified kernel for several."""
+"""`triton`: our split-KV kernels for one query token, vLLM's unified kernel for several."""
 
+from collections.abc import Callable
 from functools import cache
 from typing import Any
 
@@ -10,7 +11,7 @@ from vllm_kvcompress.engine.attention.interface import AttentionEngine, HeadCall
 
 
 class TritonEngine(AttentionEngine):
-    """`kernels.attend_pages`, and `unified_attention` of vLLM's `TRITON_ATTN`."""
+    """`kernels.attend_pages`, or what `use` put in its place, and vLLM's `unified_attention`."""
 
     name = "triton"
     beside = ("TRITON_ATTN",)
@@ -19,28 +20,28 @@ class TritonEngine(AttentionEngine):
     def obstacle(cls, platform: Any, dtype: str) -> str | None:
         return None if HAS_TRITON else "there is no Triton that vLLM can use"
 
+    def __init__(self) -> None:
+        from vllm_kvcompress.kernels import attend_pages
+
+        self._attend_pages: Callable[..., None] = attend_pages
+
+    def use(self, attend_pages: Callable[..., None]) -> None:
+        self._attend_pages = attend_pages
+
     def attend(self, call: HeadCall) -> None:
         if call.most_queries == 1:
-            attend_newest(call)
+            self._attend_pages(*newest(call))
         else:
             _attend_several(call)
 
 
-def attend_newest(call: HeadCall) -> None:
-    """One query token per sequence, by our kernel."""
-    from vllm_kvcompress.kernels import attend_pages, splits_for
+def newest(call: HeadCall) -> tuple[Any, ...]:
+    """A call with one query token per sequence, as `kernels.attend_pages` takes it."""
+    from vllm_kvcompress.kernels import splits_for
 
-    attend_pages(
-        call.queries,
-        call.keys,
-        call.values,
-        call.tables,
-        call.lengths,
-        call.scale,
-        call.out,
-        splits_for(len(call.lengths), call.longest, _processors(call.queries.device)),
-        call.softcap,
-    )
+    splits = splits_for(len(call.lengths), call.longest, _processors(call.queries.device))
+    cached = call.keys, call.values, call.tables, call.lengths
+    return (call.queries, *cached, call.scale, call.out, splits, call.softcap)
 
 
 def _attend_several(call: HeadCall) -> None:

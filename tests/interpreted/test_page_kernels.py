@@ -1,0 +1,120 @@
+"""CUDA's kernels, built for this CPU, take Triton's place where they agree and are faster."""
+
+import pytest
+import torch
+from kernels.caches import noise, poisoned_cache
+
+from vllm_kvcompress.engine import page_kernels
+from vllm_kvcompress.engine.attention import HeadCall
+from vllm_kvcompress.engine.attention.triton import TritonEngine
+from vllm_kvcompress.engine.device_batch import Scratch
+from vllm_kvcompress.engine.page_kernels import PageKernels, choose, load_cuda
+from vllm_kvcompress.kernels import attend_pages, attend_pages_reference, compact, dispatch
+from vllm_kvcompress.kernels.cuda import CudaPages
+from vllm_kvcompress.paging.pool import PageFormat, PagePool
+
+LAYERS, HEADS, GROUP, SIZE, B, BLOCKS, ROWS, WIDTH = 2, 3, 2, 16, 8, 6, 5, 4
+
+
+@pytest.fixture
+def pool():
+    cache = torch.zeros(BLOCKS, LAYERS, HEADS, B, 2 * SIZE)
+    return PagePool([cache[:, layer] for layer in range(LAYERS)], PageFormat.by_token(B, SIZE))
+
+
+def chosen(asked, cuda, pool):
+    scratch = Scratch(ROWS, HEADS, WIDTH, pool.device)
+    return choose(asked, cuda, pool, GROUP, scratch, WIDTH * B)
+
+
+def clock(monkeypatch, cuda, most_cuda_sequences):
+    """CUDA is faster up to so many sequences, and in compaction."""
+
+    def seconds(kernel, args):
+        kernel(*args)
+        attends = kernel in (attend_pages, cuda.attend_pages)
+        few = not attends or len(args[0]) <= most_cuda_sequences
+        return 1.0 if few == (kernel in (cuda.attend_pages, cuda.compact)) else 2.0
+
+    monkeypatch.setattr(dispatch, "_median_seconds", seconds)
+
+
+def test_every_size_that_a_graph_may_capture_was_measured(cuda_on_host, pool, monkeypatch):
+    cuda = CudaPages(cuda_on_host)
+    clock(monkeypatch, cuda, most_cuda_sequences=2 * HEADS)
+    kernels = chosen("auto", cuda, pool)
+    assert not pool.cache.any(), "an empty pool stays empty"
+    monkeypatch.setattr(dispatch, "_median_seconds", None)
+    names = [kernels.attend.choice(torch.empty(rows * HEADS)) for rows in range(1, ROWS + 1)]
+    assert names == ["cuda", "cuda", "triton", "triton", "triton"]
+    assert len(kernels.attend.measured) == 3 and kernels.compact.choice() == "cuda"
+
+
+def test_the_engine_attends_with_what_was_chosen(cuda_on_host, pool, monkeypatch):
+    cuda = CudaPages(cuda_on_host)
+    clock(monkeypatch, cuda, most_cuda_sequences=2 * HEADS)
+    engine = TritonEngine()
+    engine.use(chosen("auto", cuda, pool).attend)
+    for lengths in ([9, 0, 20], [9, 0, 20, 5, 1, 30, 8]):
+        cache = poisoned_cache(lengths, B, SIZE, torch.float32)
+        queries = noise(len(lengths), GROUP, SIZE)
+        call = HeadCall(
+            queries=queries,
+            keys=cache.keys,
+            values=cache.values,
+            tables=cache.tables,
+            lengths=cache.lengths,
+            query_start_loc=torch.arange(len(lengths) + 1),
+            most_queries=1,
+            longest=30,
+            scale=0.25,
+            softcap=0.0,
+            out=torch.full_like(queries, torch.nan),
+        )
+        engine.attend(call)
+        held = cache.keys, cache.values, cache.tables, cache.lengths
+        want = attend_pages_reference(queries, *held, 0.25)
+        torch.testing.assert_close(call.out.double(), want, rtol=0, atol=2e-5)
+
+
+def test_what_is_asked_for_is_used(cuda_on_host, pool, monkeypatch):
+    monkeypatch.setattr(page_kernels, "cuda_library", lambda: cuda_on_host)
+    cuda = load_cuda("cuda")
+    assert chosen("cuda", cuda, pool) == PageKernels(cuda.attend_pages, cuda.compact)
+    assert chosen("triton", load_cuda("triton"), pool) == PageKernels(attend_pages, compact)
+
+
+def test_where_there_is_no_library_triton_does_it(pool):
+    assert chosen("auto", load_cuda("auto"), pool) == PageKernels(attend_pages, compact)
+    with pytest.raises(ValueError, match="kernels=cuda: there is no library"):
+        load_cuda("cuda")
+
+
+@pytest.mark.parametrize("wrong", ["attention", "compaction"])
+def test_kernels_that_do_not_agree_with_their_references_are_out(
+    cuda_on_host, pool, wrong, monkeypatch, caplog
+):
+    class Wrong(CudaPages):
+        def attend_pages(self, *args, **options):
+            super().attend_pages(*args, **options)
+            if wrong == "attention":
+                args[6].mul_(1.1)
+
+        def compact(self, keys, *rest):
+            super().compact(keys, *rest)
+            if wrong == "compaction":
+                keys[-1] += 1
+
+    monkeypatch.setattr(page_kernels.logger, "propagate", True)
+    monkeypatch.setattr(page_kernels.logger.parent, "propagate", True)
+    caplog.set_level("WARNING", page_kernels.logger.name)
+    assert chosen("auto", Wrong(cuda_on_host), pool) == PageKernels(attend_pages, compact)
+    assert any(f"{wrong}" in line and "differs" in line for line in caplog.messages)
+    with pytest.raises(ValueError, match=rf"kernels=cuda: {wrong}.* differs"):
+        chosen("cuda", Wrong(cuda_on_host), pool)
+
+
+def test_a_shape_that_they_do_not_take_is_left_to_triton(cuda_on_host):
+    cache = torch.zeros(BLOCKS, 1, HEADS, 24, 2 * SIZE)
+    pool = PagePool([cache[:, 0]], PageFormat.by_token(24, SIZE))
+    assert chosen("auto", CudaPages(cuda_on_host), pool) == PageKernels(attend_pages, compact)

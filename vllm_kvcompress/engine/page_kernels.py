@@ -1,0 +1,176 @@
+"""Which kernels attend and copy pages: Triton's, CUDA's, or of both the faster at each size.
+
+Decided before a worker serves: CUDA's kernels are found or built, must agree with their torch
+references on this GPU, and are then timed against Triton's at every size of batch that a graph
+may capture.
+"""
+
+import logging
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import triton
+from torch import Tensor
+
+from vllm_kvcompress.config import KernelsName
+from vllm_kvcompress.engine.attention.interface import HeadCall
+from vllm_kvcompress.engine.attention.triton import newest
+from vllm_kvcompress.engine.device_batch import Scratch
+from vllm_kvcompress.kernels import (
+    attend_pages,
+    attend_pages_reference,
+    compact,
+    compact_reference,
+    split_pages,
+)
+from vllm_kvcompress.kernels.cuda import CudaError, CudaPages
+from vllm_kvcompress.kernels.dispatch import Fastest, Kernel
+from vllm_kvcompress.kernels.library import cuda_library
+from vllm_kvcompress.paging.pool import PagePool
+
+TOLERANCE = 2e-2
+MEASURED_ARENA = 64  # blocks
+
+logger = logging.getLogger("vllm.kv_compress.kernels")
+
+
+@dataclass(frozen=True, slots=True)
+class PageKernels:
+    """They take the arguments of `kernels.attend_pages` and of `kernels.compact`."""
+
+    attend: Kernel = attend_pages
+    compact: Kernel = compact
+
+
+def load_cuda(asked: KernelsName) -> CudaPages | None:
+    """CUDA's kernels, unless Triton's are asked for; building them takes a minute, once.
+
+    Raises:
+        ValueError: they are asked for, and there are none.
+    """
+    library = cuda_library() if asked != "triton" else None
+    if library is None and asked == "cuda":
+        raise ValueError(
+            "kernels=cuda: there is no library of the CUDA kernels for this GPU: try "
+            "`vllm-kvcompress build-cuda`, or leave kernels out"
+        )
+    return CudaPages(library) if library else None
+
+
+def choose(
+    asked: KernelsName,
+    cuda: CudaPages | None,
+    pool: PagePool,
+    group: int,
+    scratch: Scratch,
+    longest: int,
+) -> PageKernels:
+    """The kernels for this pool. Writes pages and tables: no request may be there yet.
+
+    Args:
+        group: query heads per KV head.
+        longest: tokens that a request may have.
+
+    Raises:
+        ValueError: CUDA's are asked for and do not compute what they should.
+    """
+    if cuda is None:
+        return PageKernels()
+    if fault := _fault(cuda, pool, group):
+        if asked == "cuda":
+            raise ValueError(f"kernels=cuda: {fault}; leave kernels out")
+        logger.warning("kv-compress: no CUDA kernels, Triton's instead: %s", fault)
+        return PageKernels()
+    if asked == "cuda":
+        return PageKernels(cuda.attend_pages, cuda.compact)
+    attend = Fastest({"triton": attend_pages, "cuda": cuda.attend_pages}, _kind)
+    copy = Fastest({"triton": compact, "cuda": cuda.compact}, lambda *_: None)
+    chosen = []
+    for call in _batches(pool, group, scratch, longest):
+        arguments = newest(call)
+        attend.measure(*arguments)
+        chosen.append(f"{attend.choice(*arguments)} to {_kind(*arguments)}")
+    if pool.num_blocks > 1:
+        copy.measure(*_compaction(pool))
+    logger.info(
+        "kv-compress: faster here: compaction %s; attention, by sequences, %s",
+        copy.choice(),
+        ", ".join(chosen),
+    )
+    return PageKernels(attend, copy)
+
+
+def _kind(queries: Tensor, *_: Any) -> int:
+    """Batches of S sequences are of one kind up to the next power of two, which is returned."""
+    return triton.next_power_of_2(len(queries))
+
+
+def _batches(pool: PagePool, group: int, scratch: Scratch, longest: int) -> Iterator[HeadCall]:
+    """One of each kind that `scratch` has room for, its sequences sharing the whole pool."""
+    keys, values = split_pages(pool.cache)
+    shuffled = torch.randperm(len(keys), device=pool.device, dtype=torch.int32)
+    every = range(1, scratch.rows + 1)
+    largest = {triton.next_power_of_2(rows * pool.num_heads): rows for rows in every}
+    for rows in largest.values():
+        tables, lengths = (part[0].flatten(0, 1) for part in scratch.tables(rows))
+        width = max(1, min(scratch.width, len(keys) // len(tables)))
+        entries = torch.arange(len(tables) * width, device=pool.device) % len(keys)
+        tables[:, :width] = shuffled[entries].view(-1, width)
+        lengths.fill_(min(width * pool.page_tokens, longest))
+        queries = keys.new_ones(len(tables), group, pool.head_size)
+        yield HeadCall(
+            queries=queries,
+            keys=keys,
+            values=values,
+            tables=tables,
+            lengths=lengths,
+            query_start_loc=scratch.query_start_loc[: len(tables) + 1],
+            most_queries=1,
+            longest=longest,
+            scale=pool.head_size**-0.5,
+            softcap=0.0,
+            out=torch.empty_like(queries),
+        )
+
+
+def _compaction(pool: PagePool) -> tuple[Any, ...]:
+    """Arguments of `compact` that keep all of the pool's first blocks, in its last."""
+    arena = min(MEASURED_ARENA, pool.num_blocks // 2)
+    ids = torch.arange(pool.num_blocks, device=pool.device)
+    kept = torch.arange(arena * pool.pages_per_block * pool.page_tokens, device=pool.device)
+    tokens = arena * pool.page_tokens
+    return (*split_pages(pool.cache), pool.page_ids(ids[:arena]), tokens, kept, ids[-arena:])
+
+
+def _fault(cuda: CudaPages, pool: PagePool, group: int) -> str | None:
+    """What is wrong with CUDA's kernels on random pages of this pool's shape; None is good."""
+    draw = torch.Generator().manual_seed(0)
+    rows, size, device = pool.page_tokens, pool.head_size, pool.device
+    cache = torch.randn(28, 1, rows, 2 * size, generator=draw).to(device, pool.cache.dtype)
+    keys, values = split_pages(cache)
+    tables = torch.randperm(28, generator=draw, dtype=torch.int32).view(4, 7).to(device)
+    lengths = torch.tensor([0, 1, rows + 1, 7 * rows], dtype=torch.int32, device=device)
+    queries = torch.randn(4, group, size, generator=draw).to(device, pool.cache.dtype)
+    arguments = (queries, keys, values, tables, lengths, size**-0.5)
+    wanted = attend_pages_reference(*arguments)
+
+    two_heads = torch.arange(20, device=device).view(10, 2).T[None]
+    lots = [torch.randperm(10 * rows, generator=draw)[: 2 * rows].sort().values for _ in range(2)]
+    kept = torch.cat([lots[0], lots[1] + 10 * rows]).to(device)
+    copy = (two_heads, 10 * rows, kept, torch.tensor([10, 13], device=device))
+    moved, copied = cache.clone(), cache.clone()
+    compact_reference(*split_pages(moved), *copy)
+    try:
+        for splits in (1, 3):
+            out = torch.full_like(queries, torch.nan)
+            cuda.attend_pages(*arguments, out, splits)
+            if not torch.allclose(out.double(), wanted, atol=TOLERANCE, rtol=TOLERANCE):
+                return f"attention in {splits} splits differs from its reference"
+        cuda.compact(*split_pages(copied), *copy)
+        if not torch.equal(copied, moved):
+            return "compaction differs from its reference"
+    except CudaError as error:
+        return str(error)
+    return None
