@@ -36,7 +36,9 @@ def pretend() -> None:
     backends["cpu" if "cpu" in version("vllm") else "nvidia"] = active
     _torch()
     from vllm_kvcompress.bench.gpu.operators import provide
+    from vllm_kvcompress.kernels import library
 
+    library._has_gpu = lambda: False  # no code for GPUs is built or loaded
     provide()
     _platform()
     _worker()

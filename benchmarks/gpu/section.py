@@ -1,9 +1,13 @@
-"""`python -m vllm_kvcompress.bench.gpu.section NAME`: run one section, print one line of JSON."""
+"""`python -m vllm_kvcompress.bench.gpu.section NAME`: run one section, print one line of JSON.
+
+With KV_COMPRESS_REHEARSAL=1 on a GPU that is only pretended.
+"""
 
 import json
 import os
 import sys
 from collections.abc import Callable
+from contextlib import redirect_stdout
 from typing import Any
 
 from vllm_kvcompress.bench.gpu.skipped import Skipped
@@ -11,17 +15,18 @@ from vllm_kvcompress.bench.gpu.skipped import Skipped
 
 def sections() -> dict[str, Callable[[], dict[str, Any]]]:
     """What each section runs, by name; a result has `rows` of what, found and bound."""
-    from vllm_kvcompress.bench.gpu import engines, kernels, speed
+    from vllm_kvcompress.bench.gpu import codec, engines, kernels, speed, throughput
 
-    throughput = {f"throughput-{rate}": rate for rate in ("plain", 1, 8, 64)}
+    rates = {f"throughput-{rate}": rate for rate in ("plain", 1, 8, 64)}
     return {
+        "build": kernels.built,
         "kernels": kernels.against_float64,
         "graphs": kernels.replayed,
         "bandwidth": speed.decode_bandwidth,
         "identity": engines.identity,
-        **{name: lambda rate=rate: engines.throughput(rate) for name, rate in throughput.items()},
+        **{name: lambda rate=rate: throughput.throughput(rate) for name, rate in rates.items()},
         "ttft": engines.ttft,
-        "codec": speed.codec,
+        "codec": codec.codec,
     }
 
 
@@ -38,10 +43,16 @@ def run(name: str) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    if sys.argv[1] == "kernels":
+    asked = sys.argv[1]
+    if os.environ.get("KV_COMPRESS_REHEARSAL") == "1":
+        from vllm_kvcompress.bench.gpu.pretend import pretend
+
+        pretend()
+    elif asked == "kernels":
         import torch
 
         if not torch.cuda.is_available():
             os.environ["TRITON_INTERPRET"] = "1"  # before Triton is imported
-    result = run(sys.argv[1])
+    with redirect_stdout(sys.stderr):
+        result = run(asked)
     print(json.dumps(result))
