@@ -25,23 +25,26 @@ ENVIRONMENT = {
 }
 
 
-def pretend() -> None:
-    """Turn this process into one of a host with a GPU."""
+def pretend(engine: bool = True) -> None:
+    """Turn this process into one of a host with a GPU; with `engine`, for vLLM's engines too."""
     os.environ |= ENVIRONMENT
-    import vllm  # noqa: F401  (TorchDynamo, which it imports, wants torch as it is)
-    from triton.backends import backends
+    if engine:
+        import vllm  # noqa: F401  (TorchDynamo, which it imports, wants torch as it is)
+        from triton.backends import backends
 
-    active = SimpleNamespace(driver=SimpleNamespace(is_active=lambda: True), compiler=None)
-    backends.clear()
-    backends["cpu" if "cpu" in version("vllm") else "nvidia"] = active
+        active = SimpleNamespace(driver=SimpleNamespace(is_active=lambda: True), compiler=None)
+        backends.clear()
+        backends["cpu" if "cpu" in version("vllm") else "nvidia"] = active
     _torch()
-    from vllm_kvcompress.bench.gpu.operators import provide
     from vllm_kvcompress.kernels import library
 
     library._has_gpu = lambda: False  # no code for GPUs is built or loaded
-    provide()
-    _platform()
-    _worker()
+    if engine:
+        from vllm_kvcompress.bench.gpu.operators import provide
+
+        provide()
+        _platform()
+        _worker()
 
 
 class Stream:
@@ -89,7 +92,6 @@ class Event:
 
 def _torch() -> None:
     import torch
-    from vllm.utils import torch_utils
 
     from vllm_kvcompress.bench.gpu.recorded import CUDAGraph, capturing, graph
 
@@ -131,7 +133,6 @@ def _torch() -> None:
     for name, stand_in in cuda.items():
         setattr(torch.cuda, name, stand_in)
     torch.cuda.memory.get_allocator_backend = lambda: "none"
-    torch_utils.prev_set_stream = nothing  # what vLLM's own `torch.cuda.set_stream` calls
     torch.Event = Event  # type: ignore[assignment, misc]
     accelerator: dict[str, Any] = {
         "synchronize": nothing,
@@ -184,6 +185,7 @@ def _platform() -> None:
 
 
 def _worker() -> None:
+    from vllm.utils import torch_utils
     from vllm.v1.sample.ops import topk_topp_sampler
     from vllm.v1.worker import gpu_worker
 
@@ -201,6 +203,7 @@ def _worker() -> None:
         self.requested_memory = request_memory(self.init_snapshot, self.cache_config)
         self._init_workspace_and_model_runner()
 
+    torch_utils.prev_set_stream = lambda stream: None  # called by its `torch.cuda.set_stream`
     gpu_worker.Worker.init_device = init_device
     topk_topp_sampler.HAS_TRITON = False  # the interpreter does not know all of its kernels
     gpu_worker.kernel_warmup = lambda *_, **__: None  # of kernels for other models and hardware

@@ -2,11 +2,14 @@
 
 import json
 import sys
+from dataclasses import replace
 from importlib.metadata import distributions
 from pathlib import Path
 
+import pytest
+
 from vllm_kvcompress.bench import gpu_check
-from vllm_kvcompress.bench.gpu import engines
+from vllm_kvcompress.bench.gpu import engines, ttft
 from vllm_kvcompress.bench.gpu.section import sections
 
 CHECKOUT = Path(__file__).parents[2]
@@ -44,6 +47,33 @@ def test_without_a_gpu_kernels_are_checked_and_the_rest_is_skipped(
     assert len(kernels) == 9 and all(row["ok"] for row in kernels)
     said = capsys.readouterr().out
     assert "attend_pages float32" in said and "torch sees no CUDA GPU" in said
+
+
+def test_first_tokens_are_timed_and_held_against_flops() -> None:
+    """4 layers, the last 2 see a part: at a time per operation, the time is the bound."""
+    scale = replace(ttft.SMALL, lengths=(320, 640))
+    per_flop = 1e-12
+
+    def seconds(selected):
+        floating = {n: scale.decoder.prefill(n, selected(n), 1) for n in scale.lengths}
+        return {n: per_flop * sum(flops) for n, flops in floating.items()}
+
+    timed = {"plain vLLM": seconds(lambda n: None), "tsp": seconds(lambda n: n // 5)}
+    rows = ttft.report(scale, timed)["rows"]
+    assert [row["what"] for row in rows[2:]] == ["tsp, 320 tokens", "tsp, 640 tokens"]
+    for row in rows[2:]:
+        faster = row["found"].split()[-1]
+        assert row["bound"] == f"{faster} by FLOPs, {faster} by timed FLOPs"
+        assert 4 / 2.4 < float(faster) < 4 / 2.08, "between linear layers and attention"
+
+
+@pytest.mark.engine
+def test_first_tokens_of_a_small_model_without_a_gpu(monkeypatch) -> None:
+    for name, value in (gpu_check.ENVIRONMENT | {"VLLM_CPU_KVCACHE_SPACE": "1"}).items():
+        monkeypatch.setenv(name, value)
+    rows = ttft.ttft(replace(ttft.SMALL, lengths=(128,)))["rows"]
+    assert [row["what"].split(",")[0] for row in rows] == ["plain vLLM", "tsp", "fastkv", "off"]
+    assert ["by FLOPs" in row.get("bound", "") for row in rows] == [False, True, True, False]
 
 
 def test_a_checkout_is_laid_out_as_an_install(tmp_path) -> None:
