@@ -132,7 +132,9 @@ def beside_plain(results: Mapping[str, Mapping[str, Any]]) -> list[dict[str, Any
         share = off / plain["few_tokens_s"]
         what = "all requests `off` beside plain vLLM, tokens per second"
         met = share >= OFF_OF_PLAIN
-        rows.append({"what": what, "found": f"{share:.2f}", "bound": f">= {OFF_OF_PLAIN}", "met": met})
+        rows.append(
+            {"what": what, "found": f"{share:.2f}", "bound": f">= {OFF_OF_PLAIN}", "met": met}
+        )
     return rows
 
 

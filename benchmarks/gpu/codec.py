@@ -1,4 +1,4 @@
-"""CacheGen's codec on synthetic keys and values: the GPU's bytes beside the CPU's, and both speeds."""
+"""CacheGen's codec on synthetic keys and values: the GPU's bytes beside the CPU's, and speeds."""
 
 from typing import Any
 

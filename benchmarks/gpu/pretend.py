@@ -7,11 +7,10 @@ memory means nothing. Call `pretend` before vLLM is imported, in a process of it
 """
 
 import os
-import sys
 import time
 from contextlib import nullcontext
 from importlib.metadata import version
-from types import ModuleType, SimpleNamespace
+from types import SimpleNamespace
 from typing import Any
 
 MEMORY_BYTES = 8 << 30
@@ -29,7 +28,6 @@ def pretend(engine: bool = True) -> None:
     """Turn this process into one of a host with a GPU; with `engine`, for vLLM's engines too."""
     os.environ |= ENVIRONMENT
     if engine:
-        import vllm  # noqa: F401  (TorchDynamo, which it imports, wants torch as it is)
         from triton.backends import backends
 
         active = SimpleNamespace(driver=SimpleNamespace(is_active=lambda: True), compiler=None)
@@ -92,6 +90,7 @@ class Event:
 
 def _torch() -> None:
     import torch
+    import torch._dynamo  # it wants torch as it is
 
     from vllm_kvcompress.bench.gpu.recorded import CUDAGraph, capturing, graph
 
