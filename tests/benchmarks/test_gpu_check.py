@@ -7,9 +7,11 @@ from importlib.metadata import distributions
 from pathlib import Path
 
 import pytest
+from pytest import approx
 
 from vllm_kvcompress.bench import gpu_check
 from vllm_kvcompress.bench.gpu import engines, ttft
+from vllm_kvcompress.bench.gpu.ceilings import Ceilings
 from vllm_kvcompress.bench.gpu.section import SECTIONS
 from vllm_kvcompress.bench.gpu.throughput import EIGHT_B, Work
 
@@ -99,9 +101,7 @@ def test_verdicts_stand_beside_plain_vllm() -> None:
 
 def test_the_bound_is_prefill_operations_and_bytes_moved() -> None:
     prompts, steps, held = 2, 10, 3e9
-    work = Work(
-        prompt_tokens=prompts * EIGHT_B.prompt_tokens, held_bytes=held, decode_steps=steps
-    )
+    work = Work(prompt_tokens=prompts * EIGHT_B.prompt_tokens, held_bytes=held, decode_steps=steps)
     parameters = 32 * (4096 * (2 * 4096 + 2 * 1024) + 3 * 4096 * 14336)
     head = 4096 * 128_256
     n = EIGHT_B.prompt_tokens
