@@ -15,16 +15,20 @@ from vllm.v1.worker.gpu.cudagraph_utils import BatchExecutionDescriptor
 
 from vllm_kvcompress.config import EngineConfig
 from vllm_kvcompress.engine.attention.triton import TritonEngine
+from vllm_kvcompress.engine.candidates import Candidates
 from vllm_kvcompress.engine.device import HeadPathBuilder
 from vllm_kvcompress.engine.device_batch import Scratch
 from vllm_kvcompress.engine.device_compressor import DeviceCompressor
 from vllm_kvcompress.engine.device_judge import DeviceJudge
+from vllm_kvcompress.engine.judge import Judge
 from vllm_kvcompress.engine.propagation import Propagation
 from vllm_kvcompress.engine.runners import ANY, FULL, FirstRunner, SecondRunner, runner_of
 from vllm_kvcompress.engine.stash import Stash
+from vllm_kvcompress.engine.windows import QueryWindow
 from vllm_kvcompress.engine.worker import StepView
 from vllm_kvcompress.kernels import attend_pages_reference, split_pages
 from vllm_kvcompress.paging.pool import PageFormat, PagePool
+from vllm_kvcompress.policy.propagators import AttentionPropagator
 
 LAYERS, HEADS, GROUP, SIZE, B, BLOCKS, WIDTH, ROWS = 2, 2, 2, 16, 16, 24, 6, 4
 
@@ -316,3 +320,13 @@ def test_a_propagating_step_waits_for_nobody(batch):
     torch.testing.assert_close((hidden + residual)[[0, -1]], states[[0, -1]] + 2)
     torch.testing.assert_close(hidden[n], of_b[-1] + 1)
     torch.testing.assert_close(residual[n], of_b[-1])
+
+
+def test_what_goes_on_is_judged_alike_by_the_kernel(batch):
+    n, window = 40, QueryWindow(LAYERS, 32, 40)
+    window.capture(32, 8, row=0).take(0, noise(8, HEADS * GROUP, SIZE))
+    pages = batch.pool.page_ids(torch.tensor([7, 3, 11]))
+    asked = AttentionPropagator(), Candidates(pages, torch.arange(n), None).of_layer(0), 0, window
+    plain = Judge(EngineConfig(), batch.pool, SIZE**-0.5).saliency(*asked)
+    torch.testing.assert_close(batch.compressor.judge.saliency(*asked), plain)
+    assert plain[:32].min() > 0

@@ -1,6 +1,5 @@
 """Without a compiler the codec is missing; its tests then say so instead of failing."""
 
-import os
 import shutil
 from pathlib import Path
 
@@ -8,11 +7,6 @@ import pytest
 
 from kernels import on_host
 from vllm_kvcompress.transport.codec import CodecMissing, instruction_sets
-
-os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
-os.environ.setdefault("OMP_NUM_THREADS", "1")
-os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
-os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
 
 
 def pytest_collection_modifyitems(items):
