@@ -12,6 +12,7 @@ from vllm_kvcompress.accounting import tsp_selected_tokens
 from vllm_kvcompress.bench.engine import EngineSpec, Workload, open_engine, run
 from vllm_kvcompress.bench.flops import Cost, Decoder, timed
 from vllm_kvcompress.bench.gpu.skipped import need_gpu
+from vllm_kvcompress.bench.gpu.where import REHEARSAL
 from vllm_kvcompress.presets import shipped_presets
 
 PLAIN = "plain vLLM"
@@ -65,7 +66,7 @@ def ttft(scale: Scale | None = None) -> dict[str, Any]:
     """
     if scale is None:
         need_gpu()
-        scale = ON_GPU
+        scale = SMALL if REHEARSAL else ON_GPU
     longest = scale.spec("", None).max_model_len
     with scale.decoder.folder(longest) as model:
         seconds = _first_tokens(scale, model, None, {PLAIN: {}})
