@@ -3,7 +3,16 @@
 from random import Random
 
 import pytest
-from engine.engines import DEMO_MODEL, ask, compressor_of, counted, greedy, prompt, runner_of
+from engine.engines import (
+    DEMO_MODEL,
+    ask,
+    compressor_of,
+    counted,
+    greedy,
+    prompt,
+    propagation_of,
+    runner_of,
+)
 from vllm import LLM
 
 from vllm_kvcompress.bench.gpu.recorded import CUDAGraph
@@ -34,14 +43,25 @@ def test_replayed_graphs_say_what_the_same_steps_say_without_graphs(monkeypatch)
     assert type(runner).__module__ == "vllm.v1.worker.gpu_model_runner"
     assert isinstance(compressor, DeviceCompressor)
     rng, replays, replay = Random(3), [], CUDAGraph.replay
-    monkeypatch.setattr(CUDAGraph, "replay", lambda graph: replays.append(replay(graph)))
-    prompts = [prompt(rng, 100), prompt(rng, 7)]
-    with counted(compressor, "_compress") as compressions:
-        captured = ask(llm, prompts, greedy(SAID))
-    assert len(compressions) == 1 and len(replays) >= SAID - 2
+
+    def replayed(graph):
+        assert not compressor.propagating, "a graph has all tokens go through all layers"
+        replays.append(replay(graph))
+
+    monkeypatch.setattr(CUDAGraph, "replay", replayed)
+    prompts = [prompt(rng, 100), prompt(rng, 7), prompt(rng, 70)]
+    params = [greedy(SAID), greedy(3 * SAID), greedy(SAID, {"kv_compress": "tsp"})]
+    with (
+        counted(compressor, "_compress") as compressions,
+        counted(compressor, "_hold") as held,
+        counted(propagation_of(llm), "_go_on") as selections,
+    ):
+        captured = ask(llm, prompts, params)
+    assert (len(compressions), len(held), len(selections)) == (1, 1, 1)
+    assert len(replays) >= SAID - 2
     replays.clear()
     with asked_as(runner).without_graphs(FULL):
-        eager = ask(llm, prompts, greedy(SAID))
+        eager = ask(llm, prompts, params)
     assert not replays
     assert [one.tokens for one in captured] == [one.tokens for one in eager]
     compressor.check_integrity()

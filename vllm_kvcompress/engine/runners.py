@@ -151,11 +151,12 @@ def _with(seconds: list[float], output: KVConnectorOutput | None) -> KVConnector
 
 @contextmanager
 def _dispatching(owner: Any, dispatch: Any) -> Iterator[None]:
+    original = owner.dispatch
     owner.dispatch = dispatch
     try:
         yield
     finally:
-        del owner.dispatch
+        owner.dispatch = original
 
 
 def runner_of(runner: Any) -> Runner:
