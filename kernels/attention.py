@@ -237,11 +237,11 @@ def _join_splits(
     total = 0.0
     mixed = tl.zeros((BLOCK_SIZE,), tl.float32)
     for first in range(0, splits, CHUNK):
-        split = first + tl.arange(0, CHUNK)
-        weight = tl.load(weights + split * rows + row, mask=split < splits, other=float("-inf"))
+        these = first + tl.arange(0, CHUNK)
+        weight = tl.load(weights + these * rows + row, mask=these < splits, other=float("-inf"))
         written = weight > float("-inf")
         share = tl.where(written, tl.exp(weight - peak), 0.0)
-        at = partial + (split * rows + row)[:, None] * SIZE + lane
+        at = partial + (these * rows + row)[:, None] * SIZE + lane
         part = tl.load(at, mask=written[:, None] & (lane < SIZE)[None, :], other=0.0)
         mixed += tl.sum(share[:, None] * part, axis=0)
         total += tl.sum(share, axis=0)
