@@ -1,5 +1,21 @@
-"""The kernels' tests stay out of this process: `test_kernels_apart.py` gives them their own."""
+"""Two of these processes share two cores: each has one thread, which nothing pins to a core.
+
+The kernels' tests stay out of them: `test_kernels_apart.py` gives those a process of their own.
+"""
 
 import os
 
-collect_ignore = [] if os.environ.get("TRITON_INTERPRET") == "1" else ["kernels", "interpreted"]
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # before anything imports torch
+os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
+os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
+os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
+os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
+
+APART = ["kernels", "interpreted", "pretended"]
+collect_ignore = [] if os.environ.get("TRITON_INTERPRET") == "1" else APART
+
+
+def pytest_collection_modifyitems(items):
+    """Files that start engines come first, so that none of them is what all wait for at the end."""
+    slow = {item.path for item in items if item.get_closest_marker("engine")}
+    items.sort(key=lambda item: item.path not in slow)

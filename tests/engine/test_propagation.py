@@ -3,10 +3,6 @@
 The reference is transformers' model in float64 (`dense.py`), which selects for itself.
 """
 
-import json
-import os
-import subprocess
-import sys
 from random import Random
 
 import pytest
@@ -14,8 +10,6 @@ import torch
 from engine import dense
 from engine.engines import (
     BLOCK,
-    DEMO_MODEL,
-    Answer,
     answers,
     ask,
     assert_all_free,
@@ -331,57 +325,3 @@ def test_every_supported_family_equals_its_dense_reference(family, tmp_path_fact
     with dense.judging(path):
         for answer, arenas in watched(llm, asked):
             assert_as_dense(answer, arenas, layer=1)  # 5 layers: 5 // 2 - 1
-
-
-TWO_RANKS = """
-import json, sys
-from vllm import LLM, SamplingParams
-
-if __name__ == "__main__":
-    llm = LLM(
-        model=sys.argv[1], dtype="float32", enforce_eager=True, block_size=32, max_model_len=1024,
-        max_num_batched_tokens=200, num_gpu_blocks_override=200, tensor_parallel_size=2,
-        distributed_executor_backend="mp", additional_config={"kv_compress": {"preset": "tsp"}},
-    )
-    params = [
-        SamplingParams(
-            temperature=0, max_tokens=20, ignore_eos=True, logprobs=2, extra_args=knobs
-        )
-        for ids, knobs in json.load(open(sys.argv[2]))
-    ]
-    asked = [{"prompt_token_ids": ids} for ids, _ in json.load(open(sys.argv[2]))]
-    outputs = llm.generate(asked, params, use_tqdm=False)
-    llm.collective_rpc("check_kv_compress_integrity")
-    json.dump([list(output.outputs[0].token_ids) for output in outputs], open(sys.argv[3], "w"))
-"""
-
-
-@pytest.mark.timeout(600)
-@pytest.mark.skipif((os.cpu_count() or 1) < 2, reason="two ranks want two cores")
-def test_two_tensor_parallel_ranks_select_what_one_does(tmp_path):
-    """Heads keep together what goes on; `windowkv` shares its windows among all heads too."""
-    windows = {"kv_compress": "windowkv", "kv_compress_task": "aggregation"}
-    asked = [(prompt(Random(n), n), knobs) for n, knobs in ((320, {}), (333, {}), (400, windows))]
-    script, task, told = tmp_path / "run.py", tmp_path / "asked.json", tmp_path / "told.json"
-    script.write_text(TWO_RANKS)
-    task.write_text(json.dumps(asked))
-    settings = {"VLLM_CPU_OMP_THREADS_BIND": "0|1", "VLLM_CPU_KVCACHE_SPACE": "1"}
-    done = subprocess.run(
-        [sys.executable, str(script), DEMO_MODEL, str(task), str(told)],
-        env={**os.environ, **settings},
-        cwd=tmp_path,
-        capture_output=True,
-        text=True,
-        timeout=500,
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
-    alone = ask(
-        engine({"preset": "tsp"}, step_tokens=200),
-        [ids for ids, _ in asked],
-        [greedy(20, knobs) for _, knobs in asked],
-    )
-    ranks = [
-        Answer(ids, words)
-        for (ids, _), words in zip(asked, json.loads(told.read_text()), strict=True)
-    ]
-    assert assert_same_words(ranks, alone) <= 1

@@ -8,10 +8,6 @@ import os
 from types import SimpleNamespace
 
 os.environ["TORCHDYNAMO_DISABLE"] = "1"  # inductor would ask the stand-in for a compiler
-os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
-os.environ.setdefault("OMP_NUM_THREADS", "1")
-os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
-os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
 
 import shutil
 

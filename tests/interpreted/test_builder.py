@@ -4,44 +4,33 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from interpreted.device import NoWaiting
 from kernels.caches import noise
-from torch.utils._python_dispatch import TorchDispatchMode
 from vllm.config import CUDAGraphMode
+from vllm.distributed.kv_transfer.kv_connector.v1.metrics import KVConnectorStats
 from vllm.forward_context import get_forward_context, override_forward_context
 from vllm.v1.attention.backend import AttentionCGSupport, CommonAttentionMetadata
+from vllm.v1.outputs import KVConnectorOutput
 from vllm.v1.worker.gpu.cudagraph_utils import BatchExecutionDescriptor
 
 from vllm_kvcompress.config import EngineConfig
 from vllm_kvcompress.engine.attention.triton import TritonEngine
+from vllm_kvcompress.engine.candidates import Candidates
 from vllm_kvcompress.engine.device import HeadPathBuilder
 from vllm_kvcompress.engine.device_batch import Scratch
 from vllm_kvcompress.engine.device_compressor import DeviceCompressor
 from vllm_kvcompress.engine.device_judge import DeviceJudge
+from vllm_kvcompress.engine.judge import Judge
 from vllm_kvcompress.engine.propagation import Propagation
 from vllm_kvcompress.engine.runners import ANY, FULL, FirstRunner, SecondRunner, runner_of
 from vllm_kvcompress.engine.stash import Stash
+from vllm_kvcompress.engine.windows import QueryWindow
 from vllm_kvcompress.engine.worker import StepView
 from vllm_kvcompress.kernels import attend_pages_reference, split_pages
 from vllm_kvcompress.paging.pool import PageFormat, PagePool
+from vllm_kvcompress.policy.propagators import AttentionPropagator
 
 LAYERS, HEADS, GROUP, SIZE, B, BLOCKS, WIDTH, ROWS = 2, 2, 2, 16, 16, 24, 6, 4
-aten = torch.ops.aten
-WAITS = {
-    aten._local_scalar_dense.default,
-    aten.nonzero.default,
-    aten.masked_select.default,
-    aten.equal.default,
-    aten.is_nonzero.default,
-    aten._unique2.default,
-}
-
-
-class NoWaiting(TorchDispatchMode):
-    """Fails on what would make the host wait for a GPU."""
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        assert function not in WAITS, f"{function} waits for the device"
-        return function(*args, **(kwargs or {}))
 
 
 class VllmBuilder:
@@ -194,6 +183,27 @@ def test_runners_are_told_apart_by_what_they_offer():
         runner_of(SimpleNamespace())
 
 
+def test_both_runners_send_times_along_with_a_connectors_own_statistics():
+    def finished(connector_stats):
+        return KVConnectorOutput(finished_sending={"x"}, kv_connector_stats=connector_stats)
+
+    theirs = KVConnectorStats({"bytes": 7})
+    held = SimpleNamespace(input_batch=None, requests={}, kv_connector_output=finished(theirs))
+    FirstRunner(held).send_seconds([0.5])
+    state = SimpleNamespace(prepare_attn=None)
+    second = SecondRunner(SimpleNamespace(model_state=state))
+    second.send_seconds([0.5])
+    output = SimpleNamespace(kv_connector_output=finished(theirs))
+    second.complete(SimpleNamespace(model_runner_output=output))
+    for got in (held.kv_connector_output, output.kv_connector_output):
+        assert got.finished_sending == {"x"}
+        assert got.kv_connector_stats.data == {"seconds": [0.5]}
+        assert got.kv_connector_stats.connector is theirs
+    later = SimpleNamespace(kv_connector_output=None)
+    second.complete(SimpleNamespace(model_runner_output=later))
+    assert later.kv_connector_output is None
+
+
 def test_barred_steps_are_not_replayed():
     """Those that keep queries aside from no graph of attention, those that propagate from none."""
 
@@ -310,3 +320,13 @@ def test_a_propagating_step_waits_for_nobody(batch):
     torch.testing.assert_close((hidden + residual)[[0, -1]], states[[0, -1]] + 2)
     torch.testing.assert_close(hidden[n], of_b[-1] + 1)
     torch.testing.assert_close(residual[n], of_b[-1])
+
+
+def test_what_goes_on_is_judged_alike_by_the_kernel(batch):
+    n, window = 40, QueryWindow(LAYERS, 32, 40)
+    window.capture(32, 8, row=0).take(0, noise(8, HEADS * GROUP, SIZE))
+    pages = batch.pool.page_ids(torch.tensor([7, 3, 11]))
+    asked = AttentionPropagator(), Candidates(pages, torch.arange(n), None).of_layer(0), 0, window
+    plain = Judge(EngineConfig(), batch.pool, SIZE**-0.5).saliency(*asked)
+    torch.testing.assert_close(batch.compressor.judge.saliency(*asked), plain)
+    assert plain[:32].min() > 0

@@ -107,6 +107,7 @@ def test_kernels_that_do_not_agree_with_their_references_are_out(
 
     monkeypatch.setattr(page_kernels.logger, "propagate", True)
     monkeypatch.setattr(page_kernels.logger.parent, "propagate", True)
+    caplog.set_level("WARNING", page_kernels.logger.name)
     assert chosen("auto", Wrong(cuda_on_host), pool) == PageKernels(attend_pages, compact)
     assert any(f"{wrong}" in line and "differs" in line for line in caplog.messages)
     with pytest.raises(ValueError, match=rf"kernels=cuda: {wrong}.* differs"):

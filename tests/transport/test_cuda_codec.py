@@ -1,29 +1,22 @@
 """The CUDA codec's own source, run on this CPU thread by thread, gives the CPU codec's bytes."""
 
-import shutil
-
 import numpy as np
 import pytest
 import torch
 from transport import reference, samples
 
-from kernels import on_host
 from vllm_kvcompress.transport import profile
 from vllm_kvcompress.transport.codec import CorruptChunk, SectionCodec
 from vllm_kvcompress.transport.cuda import CudaError, CudaSectionCodec
 from vllm_kvcompress.transport.levels import EXACT, FIXED_STEP, LEVELS, PER_TOKEN, Plan, plan
 
-GXX = shutil.which("g++")
 DTYPES = ("bfloat16", "float16", "float32")
 QUANTISERS = ((FIXED_STEP, 0.6), (FIXED_STEP, 0.02), (PER_TOKEN, 5.0), (EXACT, 0))
 
 
 @pytest.fixture(scope="module")
-def cuda(tmp_path_factory):
-    if GXX is None:
-        pytest.skip("no g++ here to build the CUDA kernels for the CPU")
-    library = on_host.build(GXX, on_host.CODEC, tmp_path_factory.mktemp("codec"))
-    return CudaSectionCodec(library, "cpu")
+def cuda(cuda_on_this_cpu):
+    return CudaSectionCodec(cuda_on_this_cpu, "cpu")
 
 
 def asked(quantiser: int, parameter: float, sections: int) -> Plan:

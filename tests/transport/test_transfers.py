@@ -9,7 +9,9 @@ import pytest
 import torch
 from paging.pools import PACKINGS
 
-from vllm_kvcompress.transport.chunks import ChunkCodec
+from vllm_kvcompress.transport import coders
+from vllm_kvcompress.transport.beside import Fence
+from vllm_kvcompress.transport.coders import DeviceCoder, HostCoder
 from vllm_kvcompress.transport.jobs import Compute, Load, Save
 from vllm_kvcompress.transport.pages import CachePages
 from vllm_kvcompress.transport.settings import ConnectorSettings
@@ -43,13 +45,20 @@ class Memory(Store):
         self.data.pop(key, None)
 
 
-@pytest.fixture
-def transfers():
+@pytest.fixture(params=["cpu", "cuda"])
+def transfers(request, monkeypatch):
+    """With each coder; the CUDA kernels run on this CPU."""
     torch.manual_seed(0)
     layers = [torch.randn(12, HEADS, BLOCK, 2 * SIZE) for _ in range(LAYERS)]
-    pages = CachePages(layers, lambda: PACKINGS["transposed"](BLOCK, SIZE))
+    packing, kind = "transposed", HostCoder
+    if request.param == "cuda":
+        library = request.getfixturevalue("cuda_on_this_cpu")
+        monkeypatch.setattr(coders, "library_for", lambda device: library)
+        packing, kind = "linear", DeviceCoder
+    pages = CachePages(layers, lambda: PACKINGS[packing](BLOCK, SIZE))
     settings = ConnectorSettings(store="memory", levels=(4,), chunk_tokens=CHUNK)
-    made = Transfers(settings, Memory(), ChunkCodec(), pages, Tally())
+    made = Transfers(settings, Memory(), coders.coder(settings, None, pages), Tally())
+    assert type(made.coder) is kind
     yield made
     made.close()
 
@@ -186,9 +195,13 @@ def test_the_timeline_tells_transfer_decode_compute_and_first_token(stored) -> N
     stored.load(load(ttft_s=9.0))
     told(stored)
     now = time.time()
-    stored.computed([Compute("r", 64, 66, 70), Compute("other", 0, 9, 9)], now, now + 0.25)
-    stored.computed([Compute("r", 66, 70, 70)], now + 0.25, now + 0.5)
-    stored.computed([Compute("r", 0, 70, 70)], now + 9, now + 10)  # preempted: not again
+    steps = (
+        ([Compute("r", 64, 66, 70), Compute("other", 0, 9, 9)], 0, 0.25),
+        ([Compute("r", 66, 70, 70)], 0.25, 0.5),
+        ([Compute("r", 0, 70, 70)], 9, 10),  # preempted: not again
+    )
+    for prompts, began, ended in steps:
+        stored.computed(prompts, Fence(now + began), Fence(now + ended))
     timelines = Timelines()
     timelines.add(stored.tally.take().data[TIMELINE])
     (one,) = timelines.to_list()

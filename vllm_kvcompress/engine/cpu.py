@@ -9,7 +9,6 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
-from vllm import _custom_ops as ops
 from vllm.v1.attention.backend import AttentionLayer, CommonAttentionMetadata
 from vllm.v1.attention.backends.cpu_attn import (
     CPUAttentionBackend,
@@ -26,7 +25,7 @@ from vllm_kvcompress.engine.attention.interface import HeadCall
 from vllm_kvcompress.engine.batch import HeadBatch
 from vllm_kvcompress.engine.windows import Capture
 from vllm_kvcompress.engine.worker import PerHeadWorker, StepView
-from vllm_kvcompress.paging.pool import PageFormat, PagePool
+from vllm_kvcompress.paging.pool import PagePool
 from vllm_kvcompress.paging.spec import per_head_spec
 
 
@@ -161,14 +160,3 @@ class KVCompressCPUWorker(PerHeadWorker, CPUWorker):
 
     replaced_backend: ClassVar[Any] = AttentionBackendEnum.CPU_ATTN
     backend: ClassVar[type[CPUAttentionBackend]] = PerHeadCPUBackend
-
-    def page_format(self, layer: AttentionLayer, cache: Tensor) -> PageFormat:
-        _, _, page_tokens, content = cache.shape
-
-        def write(keys: Tensor, values: Tensor, page: Tensor) -> None:
-            halves = page.view(1, 1, 2 * page_tokens, -1).chunk(2, dim=2)
-            slots = torch.arange(page_tokens)
-            isa = layer.isa  # type: ignore[attr-defined]
-            ops.cpu_attn_reshape_and_cache(keys, values, *halves, slots, isa)
-
-        return PageFormat.probe(write, page_tokens, content // 2, cache.dtype)

@@ -11,15 +11,23 @@ from vllm_kvcompress.engine.judge import Judge
 from vllm_kvcompress.engine.windows import QueryWindow
 from vllm_kvcompress.kernels import WindowScore, score_window, split_pages
 from vllm_kvcompress.policy.attention import AttentionScorer
-from vllm_kvcompress.policy.interfaces import Scorer
+from vllm_kvcompress.policy.interfaces import Propagator, Scorer
+from vllm_kvcompress.policy.propagators import AttentionPropagator
 
 
 class DeviceJudge(Judge):
-    """Scores windows by the kernel where the policy is `attention`."""
+    """Scores windows by the kernel where the scorer, or the propagator, is `attention`."""
 
     def __init__(self, *args: Any) -> None:
         super().__init__(*args)
         self._keys, _ = split_pages(self._pool.cache)
+
+    def _own_saliency(
+        self, propagator: Propagator, candidates: Candidates, layer: int, window: QueryWindow
+    ) -> Tensor:
+        if type(propagator) is not AttentionPropagator:
+            return super()._own_saliency(propagator, candidates, layer, window)
+        return self._score_layer(propagator.scorer(), candidates, layer, window).sum(dim=0)
 
     def _score_layer(
         self, scorer: Scorer, candidates: Candidates, layer: int, window: QueryWindow | None

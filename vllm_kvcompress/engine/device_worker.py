@@ -2,10 +2,9 @@
 
 from typing import Any, ClassVar
 
-from torch import Tensor
 from vllm.platforms import current_platform
 from vllm.utils.import_utils import resolve_obj_by_qualname
-from vllm.v1.attention.backend import AttentionBackend, AttentionLayer
+from vllm.v1.attention.backend import AttentionBackend
 from vllm.v1.attention.backends.registry import AttentionBackendEnum
 
 from vllm_kvcompress.accounting import ceil_div
@@ -17,7 +16,7 @@ from vllm_kvcompress.engine.device_batch import Scratch
 from vllm_kvcompress.engine.device_compressor import DeviceCompressor
 from vllm_kvcompress.engine.device_judge import DeviceJudge
 from vllm_kvcompress.engine.worker import PerHeadWorker, mean_over_ranks
-from vllm_kvcompress.paging.pool import PageFormat, PagePool
+from vllm_kvcompress.paging.pool import PagePool
 
 BACKENDS = {
     "FLASH_ATTN": "vllm_kvcompress.engine.backends.flash_attn.PerHeadFlashBackend",
@@ -43,10 +42,6 @@ class DeviceWorker(PerHeadWorker):
         self._engine = load(config.attention_engine)()
         self._cuda = page_kernels.load_cuda(config.kernels)
         super().load_model(**kwargs)
-
-    def page_format(self, layer: AttentionLayer, cache: Tensor) -> PageFormat:
-        _, _, page_tokens, content = cache.shape
-        return PageFormat.by_token(page_tokens, content // 2)
 
     def make_compressor(self, config: EngineConfig, pool: PagePool, scale: float) -> Compressor:
         rows, _, width = self._sizes()

@@ -66,8 +66,14 @@ class Judge:
         self, propagator: Propagator, candidates: Candidates, layer: int, window: QueryWindow
     ) -> Tensor:
         """f32 `[n]` of one layer's candidates, the same on all ranks."""
+        return self._mean_over_ranks(self._own_saliency(propagator, candidates, layer, window))
+
+    def _own_saliency(
+        self, propagator: Propagator, candidates: Candidates, layer: int, window: QueryWindow
+    ) -> Tensor:
+        """f32 `[n]` by this rank's heads."""
         obs = self._observe(candidates, layer, window, keys=True, values=propagator.needs_values)
-        return self._mean_over_ranks(propagator.saliency(obs, layer))
+        return propagator.saliency(obs, layer)
 
     def _score_layer(
         self, scorer: Scorer, candidates: Candidates, layer: int, window: QueryWindow | None

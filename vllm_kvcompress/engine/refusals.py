@@ -167,14 +167,6 @@ WITH_CPU_ENGINE: Sequence[Row] = (
 # Asked with the `VllmConfig` where the engine is not `cpu`.
 ON_DEVICE: Sequence[Row] = (
     Row(
-        "CacheGen on {} attention engines",
-        lambda config: (
-            config.kv_transfer_config is not None
-            and config.additional_config["kv_compress"]["attention_engine"]
-        ),
-        "its pages are packed for the CPU's kernel: drop --kv-transfer-config",
-    ),
-    Row(
         "data parallelism ({} ranks) outside CPUs",
         lambda config: _many(config.parallel_config.data_parallel_size),
         "drop --data-parallel-size",

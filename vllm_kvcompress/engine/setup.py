@@ -14,7 +14,7 @@ from vllm.logger import init_logger
 from vllm.platforms import current_platform
 from vllm.v1.attention.backends.registry import AttentionBackendEnum
 
-from vllm_kvcompress.config import AUTO, EngineConfig, StartupError, parse_engine_config
+from vllm_kvcompress.config import EngineConfig, StartupError, parse_engine_config
 from vllm_kvcompress.engine.attention import choose
 from vllm_kvcompress.engine.propagation_limits import with_tsp_capacity
 from vllm_kvcompress.engine.refusals import (
@@ -26,6 +26,7 @@ from vllm_kvcompress.engine.refusals import (
     refuse_platform,
     refuse_version,
 )
+from vllm_kvcompress.knobs import AUTO
 from vllm_kvcompress.policy.registry import build
 from vllm_kvcompress.policy.task_models import SequenceClassifier, task_classifier
 
@@ -74,6 +75,9 @@ def configured(
     refuse(AFTER, vllm_config)
     if on_device:
         refuse(ON_DEVICE, vllm_config)
+        compilation = vllm_config.compilation_config
+        # Triton compiles at a kernel's first call, which must not be the one that is captured.
+        compilation.cudagraph_num_of_warmups = max(1, compilation.cudagraph_num_of_warmups)
     _check_for_model(config, vllm_config)
     config = with_tsp_capacity(config, vllm_config)
     vllm_config.additional_config["kv_compress"] = config.to_dict()
@@ -92,13 +96,14 @@ def with_engine(config: EngineConfig, engine_args: Any, platform: Any) -> Engine
     Raises:
         StartupError: the engine, or the backend asked for, cannot be used.
     """
+    asked = engine_args.attention_backend or engine_args.attention_config.backend
+    beside = None if platform.is_cpu() or not asked else getattr(asked, "name", asked).upper()
     try:
-        engine = choose(config.attention_engine, platform, dtype=str(engine_args.dtype))
+        engine = choose(config.attention_engine, platform, str(engine_args.dtype), beside)
     except ValueError as error:
         raise StartupError(str(error)) from None
     if not platform.is_cpu():
-        asked = engine_args.attention_backend or engine_args.attention_config.backend
-        name = getattr(asked, "name", asked) or engine.beside[0]
+        name = beside or engine.beside[0]
         if name not in engine.beside:
             raise StartupError(
                 f"attention_engine={engine.name} works beside {' or '.join(engine.beside)}, not "

@@ -20,7 +20,7 @@ from vllm.distributed import (
 from vllm.model_executor.layers.attention import Attention
 from vllm.utils.torch_utils import async_tensor_h2d
 from vllm.v1.attention import selector
-from vllm.v1.attention.backend import AttentionBackend, AttentionLayer, CommonAttentionMetadata
+from vllm.v1.attention.backend import AttentionBackend, CommonAttentionMetadata
 from vllm.v1.attention.backends.registry import register_backend
 from vllm.v1.core.sched.output import SchedulerOutput
 from vllm.v1.kv_cache_interface import KVCacheConfig
@@ -33,7 +33,8 @@ from vllm_kvcompress.engine.propagation import Propagation
 from vllm_kvcompress.engine.runners import ANY, FULL, Runner, runner_of
 from vllm_kvcompress.engine.stash import Stash
 from vllm_kvcompress.engine.windows import Capture
-from vllm_kvcompress.paging.pool import PageFormat, PagePool
+from vllm_kvcompress.paging.formats import page_format
+from vllm_kvcompress.paging.pool import PagePool
 
 
 @dataclass(frozen=True, slots=True)
@@ -136,10 +137,6 @@ class PerHeadWorker:
     compressor: Compressor | None = None
     propagation: Propagation | None = None
 
-    def page_format(self, layer: AttentionLayer, cache: Tensor) -> PageFormat:
-        """How this platform's kernels pack a page."""
-        raise NotImplementedError
-
     def make_compressor(self, config: EngineConfig, pool: PagePool, scale: float) -> Compressor:
         """The compressor of this worker's pages."""
         return Compressor(config, pool, Judge(config, pool, scale, mean_over_ranks))
@@ -169,7 +166,7 @@ class PerHeadWorker:
         layers = get_layers_from_vllm_config(vllm_config, Attention, group.layer_names)
         caches = [layer.kv_cache for layer in layers.values()]
         first = next(iter(layers.values()))
-        pool = PagePool(caches, self.page_format(first, caches[0]))
+        pool = PagePool(caches, page_format(first, caches[0]))
         config = parse_engine_config(vllm_config.additional_config["kv_compress"])
         self.compressor = self.make_compressor(config, pool, first.impl.scale)
         self._runner = runner_of(runner)
@@ -232,9 +229,13 @@ class PerHeadWorker:
         with selecting, graphs:
             output = super().execute_model(scheduler_output)  # type: ignore[misc]
         compressor.finish_step(self._view.block_ids)
-        if compressor.seconds:
-            self._runner.send_seconds(compressor.seconds)
-            compressor.seconds = []
+        if seconds := compressor.clock.take():
+            self._runner.send_seconds(seconds)
+        return output
+
+    def sample_tokens(self, grammar_output: Any) -> Any:
+        output = super().sample_tokens(grammar_output)  # type: ignore[misc]
+        self._runner.complete(output)
         return output
 
     def check_kv_compress_integrity(self) -> None:

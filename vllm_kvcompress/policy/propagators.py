@@ -28,12 +28,13 @@ class AttentionPropagator(Propagator):
     pool_tokens: Annotated[int, Field(ge=1, le=1024)] = 7
 
     def __post_init__(self) -> None:
-        self._scorer()
+        self.scorer()
 
     def saliency(self, obs: Observation, layer: int) -> Tensor:
-        return self._scorer().score(obs, layer).sum(dim=0)
+        return self.scorer().score(obs, layer).sum(dim=0)
 
-    def _scorer(self) -> AttentionScorer:
+    def scorer(self) -> AttentionScorer:
+        """Whose scores, summed over the heads, are the saliency."""
         return AttentionScorer(
             power=1, pool=self.pool, pool_tokens=self.pool_tokens, score_window=False
         )

@@ -1,8 +1,10 @@
 """A chunk of KV cache to a container and back: levels, profile, codec and container together."""
 
+from typing import Any
+
 import numpy as np
 
-from vllm_kvcompress.transport.codec import CorruptChunk, SectionCodec
+from vllm_kvcompress.transport.codec import CorruptChunk, SectionCodec, Sections
 from vllm_kvcompress.transport.container import Container, Header, pack, parse
 from vllm_kvcompress.transport.levels import Quantiser, plan
 from vllm_kvcompress.transport.profile import Profile
@@ -16,7 +18,8 @@ class ChunkCodec:
     """Encodes `[layers, 2, tokens, heads * head_size]` arrays of one model.
 
     `profile` is used where it makes a channel smaller; decoding such chunks needs the same one.
-    Raises CodecMissing.
+    `sections` codes in the place of a `SectionCodec` with these `threads` and `isa`; arrays are
+    then what that one takes. Raises CodecMissing.
     """
 
     def __init__(
@@ -25,11 +28,12 @@ class ChunkCodec:
         quantiser: Quantiser = Quantiser.FIXED,
         threads: int = 1,
         isa: str = "",
+        sections: Sections | None = None,
     ) -> None:
         self.profile, self.quantiser = profile, quantiser
-        self.sections = SectionCodec(threads, isa)
+        self.sections = sections or SectionCodec(threads, isa)
 
-    def encode(self, kv: np.ndarray, dtype: str, level: int, *, heads: int, key: str = "") -> bytes:
+    def encode(self, kv: Any, dtype: str, level: int, *, heads: int, key: str = "") -> bytes:
         """One container. `kv` holds bits (uint16) for the 16-bit types, see codec.py."""
         layers, two, tokens, channels = kv.shape
         if two != 2 or channels % heads:
@@ -70,7 +74,7 @@ class ChunkCodec:
         item = np.float32 if header.dtype == "float32" else np.uint16
         return np.empty((header.layers, 2, header.tokens, header.channels), item)
 
-    def decode_layers(self, container: Container, first: int, last: int, out: np.ndarray) -> None:
+    def decode_layers(self, container: Container, first: int, last: int, out: Any) -> None:
         """Fill `out[first:last]`, as soon as these layers' bytes are there."""
         header, tables = container.header, None
         if header.profile:

@@ -7,7 +7,7 @@ heads x head size. bf16 and fp16 travel as uint16 arrays of their bits.
 from collections.abc import Sequence
 from functools import cache
 from importlib import resources
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 from safetensors.numpy import load
@@ -39,6 +39,37 @@ class Encoded(NamedTuple):
 
     records: np.ndarray  # uint8 [sections, channels, 4]
     sections: list[bytes]
+
+
+class Sections(Protocol):
+    """What codes sections: `SectionCodec` arrays, `CudaSections` tensors on a GPU."""
+
+    @property
+    def isa(self) -> str:
+        """What codes them, in a word."""
+
+    def encode(
+        self,
+        values: Any,
+        dtype: str,
+        plan: Plan,
+        tables: Tables | None = None,
+        *,
+        heads: int = 1,
+        relative: bool = True,
+    ) -> Encoded:
+        """See `SectionCodec.encode`."""
+
+    def decode(
+        self,
+        data: np.ndarray,
+        ends: np.ndarray,
+        records: np.ndarray,
+        dtype: str,
+        out: Any,
+        tables: Tables | None = None,
+    ) -> None:
+        """See `SectionCodec.decode`."""
 
 
 def _extension() -> Any:

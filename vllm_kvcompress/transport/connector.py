@@ -13,15 +13,15 @@ from functools import partial
 from typing import Any
 
 import torch
-from vllm import _custom_ops as ops
 from vllm.distributed.kv_transfer.kv_connector.v1.base import (
     KVConnectorBase_V1,
     KVConnectorRole,
 )
 from vllm.distributed.parallel_state import get_tensor_model_parallel_rank
 
-from vllm_kvcompress.paging.pool import PageFormat
-from vllm_kvcompress.transport.chunks import ChunkCodec
+from vllm_kvcompress.paging.formats import page_format
+from vllm_kvcompress.transport.beside import Fence
+from vllm_kvcompress.transport.coders import coder
 from vllm_kvcompress.transport.container import VERSION
 from vllm_kvcompress.transport.jobs import Compute, Jobs, Load, Save
 from vllm_kvcompress.transport.keys import chunk_digests, namespace, root_digest, store_key
@@ -81,7 +81,6 @@ class CacheGenConnector(KVConnectorBase_V1):
         refuse(vllm_config, self.settings, kv_cache_config)
         self.tally = Tally()
         self._profile = Profile.load(self.settings.profile) if self.settings.profile else None
-        self._codec = ChunkCodec(self._profile, self.settings.quantiser, self.settings.threads)
         self._store = open_store(self.settings.store)
         self._ranks = vllm_config.parallel_config.tensor_parallel_size
         self._saves = transfer.is_kv_producer
@@ -91,7 +90,7 @@ class CacheGenConnector(KVConnectorBase_V1):
         self._lookups = ThreadPoolExecutor(4, "cachegen-lookup")
         self._fingerprint = _fingerprint(vllm_config, self.settings, self._profile)
         self.transfers: Transfers | None = None
-        self._step_began = 0.0
+        self._step_began: Fence | None = None
 
     # Scheduler's side
 
@@ -243,12 +242,12 @@ class CacheGenConnector(KVConnectorBase_V1):
     def register_kv_caches(self, kv_caches: dict[str, torch.Tensor]) -> None:
         names = sorted(kv_caches, key=_layer_number)
         layers = self._vllm_config.compilation_config.static_forward_context
-        probe = partial(_page_format, layers[names[0]], kv_caches[names[0]])
+        caches = [kv_caches[name] for name in names]
+        pages = CachePages(caches, partial(page_format, layers[names[0]], caches[0]))
         self.transfers = Transfers(
             self.settings,
             self._store,
-            self._codec,
-            CachePages([kv_caches[name] for name in names], probe),
+            coder(self.settings, self._profile, pages),
             self.tally,
             rank=get_tensor_model_parallel_rank(),
             ranks=self._ranks,
@@ -256,8 +255,10 @@ class CacheGenConnector(KVConnectorBase_V1):
         )
 
     def bind_connector_metadata(self, connector_metadata: Any) -> None:
+        assert self.transfers is not None
         super().bind_connector_metadata(connector_metadata)
-        self._step_began = time.time()
+        if connector_metadata.computes:
+            self._step_began = self.transfers.coder.beside.fence()
 
     def start_load_kv(self, forward_context: Any, **kwargs: Any) -> None:
         assert self.transfers is not None
@@ -273,7 +274,11 @@ class CacheGenConnector(KVConnectorBase_V1):
     def wait_for_save(self) -> None:
         assert self.transfers is not None
         jobs = self._get_connector_metadata()
-        self.transfers.computed(jobs.computes, self._step_began, time.time())
+        if jobs.computes:
+            assert self._step_began is not None
+            self.transfers.computed(
+                jobs.computes, self._step_began, self.transfers.coder.beside.fence()
+            )
         for save in jobs.saves:
             self.transfers.save(save)
 
@@ -339,13 +344,3 @@ def _shaped_by(request: Any) -> dict[str, Any]:
 
 def _layer_number(name: str) -> list[int]:
     return [int(part) for part in name.split(".") if part.isdigit()]
-
-
-def _page_format(layer: Any, cache: torch.Tensor) -> PageFormat:
-    _, _, page_tokens, content = cache.shape
-
-    def write(keys: torch.Tensor, values: torch.Tensor, page: torch.Tensor) -> None:
-        halves = page.view(1, 1, 2 * page_tokens, -1).chunk(2, dim=2)
-        ops.cpu_attn_reshape_and_cache(keys, values, *halves, torch.arange(page_tokens), layer.isa)
-
-    return PageFormat.probe(write, page_tokens, content // 2, cache.dtype)

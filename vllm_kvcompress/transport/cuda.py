@@ -1,10 +1,6 @@
 """The codec's CUDA kernels in `csrc/codec/`, called through their C interface.
 
-They are no part of the wheel, and the connector does not use them: they have not run on a GPU yet.
-Where nvcc is, one command in a checkout builds them:
-
-    nvcc -std=c++17 -O3 -Icsrc -arch=native -shared -Xcompiler -fPIC \
-        csrc/codec/*.cu csrc/codec/tables.cpp -o codec.so
+They have not run on a GPU yet. `kernels.library.cuda_library` finds or builds them.
 """
 
 import ctypes
@@ -16,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from vllm_kvcompress.transport.codec import DTYPES, CorruptChunk, Tables, codebook
+from vllm_kvcompress.transport.codec import DTYPES, CorruptChunk, Encoded, Tables, codebook
 from vllm_kvcompress.transport.levels import Plan
 
 VALUE_BITS = {"bfloat16": torch.int16, "float16": torch.int16, "float32": torch.int32}
@@ -149,6 +145,52 @@ class CudaSectionCodec:
 
     def _empty(self, *shape: int) -> Tensor:
         return torch.empty(shape, dtype=torch.uint8, device=self.device)
+
+
+class CudaSections:
+    """`SectionCodec` for values on a device: only what is coded travels.
+
+    Arguments and errors as of `CudaSectionCodec`.
+    """
+
+    isa = "CUDA"
+
+    def __init__(self, library: Path | str, device: torch.device | str = "cuda") -> None:
+        self._codec = CudaSectionCodec(library, device)
+
+    def encode(
+        self,
+        values: Tensor,
+        dtype: str,
+        plan: Plan,
+        tables: Tables | None = None,
+        *,
+        heads: int = 1,
+        relative: bool = True,
+    ) -> Encoded:
+        on_device = self._codec.encode(values, dtype, plan, tables, heads=heads, relative=relative)
+        records, data, ends = (tensor.cpu().numpy() for tensor in on_device)
+        sections = np.split(data, ends[:-1])
+        return Encoded(records, [section.tobytes() for section in sections])
+
+    def decode(
+        self,
+        data: np.ndarray,
+        ends: np.ndarray,
+        records: np.ndarray,
+        dtype: str,
+        out: Tensor,
+        tables: Tables | None = None,
+    ) -> None:
+        coded = map(self._upload, (data, ends.astype(np.int64), records))
+        self._codec.decode(*coded, dtype, out, tables)
+
+    def _upload(self, array: np.ndarray) -> Tensor:
+        device = self._codec.device
+        kind = torch.int64 if array.dtype == np.int64 else torch.uint8
+        staged = torch.empty(array.shape, dtype=kind, pin_memory=device.type == "cuda")
+        staged.numpy()[...] = array
+        return staged.to(device, non_blocking=True)
 
 
 def _expect(tensor: Tensor, dtype: torch.dtype) -> None:

@@ -1,10 +1,11 @@
-"""Chunks out of and into vLLM's paged CPU cache."""
+"""Chunks out of and into vLLM's paged cache, on whichever device it is."""
 
 from collections.abc import Callable, Sequence
+from itertools import pairwise
 
-import numpy as np
 import torch
 from torch import Tensor
+from vllm.utils.torch_utils import async_tensor_h2d
 
 from vllm_kvcompress.paging.pool import PageFormat
 
@@ -16,53 +17,81 @@ class CachePages:
 
     Args:
         layers: each layer's cache `[num_blocks, H, B, 2*D]`, in the order they travel.
-        probe: measures where a page's elements stand; called at the first use, when the kernel's
+        page_format: where a page's elements stand; called at the first use, when the kernel's
             choice is made.
     """
 
-    def __init__(self, layers: Sequence[Tensor], probe: Callable[[], PageFormat]) -> None:
-        self.layers, self._probe = list(layers), probe
-        self._where: Tensor | None = None
-        _, self.heads, self.block_tokens, content = layers[0].shape
-        self.head_size = content // 2
-        self.dtype = DTYPES[layers[0].dtype]
-        self.block_bytes = len(layers) * layers[0][0].numel() * layers[0].element_size()
+    def __init__(self, layers: Sequence[Tensor], page_format: Callable[[], PageFormat]) -> None:
+        self.layers, self._page_format = list(layers), page_format
+        first = layers[0]
+        _, self.heads, self.block_tokens, content = first.shape
+        self.head_size, self.device = content // 2, first.device
+        self.dtype = DTYPES[first.dtype]
+        self.block_bytes = len(layers) * first[0].numel() * first.element_size()
+        on_cpu = self.device.type == "cpu"  # calls cost nothing there, and caches are small
+        self._parts = [layer[:, None] for layer in layers] if on_cpu else together(self.layers)
+        self._packing: tuple[bool, Tensor] | None = None
 
-    def read(self, block_ids: Sequence[int]) -> np.ndarray:
-        """A copy: `[layers, 2, tokens, heads * head size]`, 16-bit types as their bits."""
-        where, blocks = self._elements(), torch.tensor(block_ids)
-        tokens = len(blocks) * self.block_tokens
-        out = torch.empty(len(self.layers), 2, tokens, self.heads, self.head_size,
-                          dtype=self.layers[0].dtype)  # fmt: skip
-        for layer, cache in enumerate(self.layers):
-            pages = cache[blocks].flatten(2)  # [n, H, B*2D]
-            content = pages[:, :, where].view(
-                len(blocks), self.heads, 2, self.block_tokens, self.head_size
-            )
-            out[layer] = content.permute(2, 0, 3, 1, 4).reshape(out.shape[1:])
-        return _bits(out.flatten(3))
+    def shape(self, blocks: int) -> tuple[int, int, int, int]:
+        """Of so many blocks' tokens: `[layers, 2, tokens, heads * head size]`."""
+        return len(self.layers), 2, blocks * self.block_tokens, self.heads * self.head_size
 
-    def write(self, block_ids: Sequence[int], kv: np.ndarray) -> None:
-        """Fill whole blocks with `[layers, 2, tokens, heads * head size]`."""
-        where, blocks = self._elements(), torch.tensor(block_ids)
-        values = torch.from_numpy(kv)
-        if values.dtype != torch.float32:
-            values = values.view(self.layers[0].dtype)
-        shape = len(self.layers), 2, len(blocks), self.block_tokens, self.heads, self.head_size
-        by_page = values.view(shape).permute(0, 2, 4, 1, 3, 5)  # [L, n, H, 2, B, D]
-        for cache, content in zip(self.layers, by_page, strict=True):
-            pages = torch.empty(len(blocks), self.heads, where.numel(), dtype=cache.dtype)
-            pages[:, :, where] = content.reshape(len(blocks), self.heads, -1)
-            cache[blocks] = pages.view(-1, *cache.shape[1:])
+    def read(self, block_ids: Sequence[int]) -> Tensor:
+        """A copy, where the cache is, of shape `shape(blocks)`. Waits for nobody."""
+        blocks = self._ids(block_ids)
+        out = torch.empty(self.shape(len(blocks)), dtype=self.layers[0].dtype, device=self.device)
+        for part, target in zip(self._parts, self._by_token(out, len(blocks)), strict=True):
+            pages = part[blocks]  # [n, l, H, B, 2*D]
+            by_token, where = self._where()
+            if by_token:
+                content = pages.unflatten(-1, (2, self.head_size)).transpose(3, 4)
+            else:
+                size = 2, self.block_tokens, self.head_size
+                content = pages.flatten(3)[..., where].unflatten(-1, size)
+            target.copy_(content.permute(1, 3, 0, 4, 2, 5))
+        return out
 
-    def _elements(self) -> Tensor:
-        if self._where is None:
-            found = self._probe()
-            self._where = torch.cat([found.keys.flatten(), found.values.flatten()])
-        return self._where
+    def write(self, block_ids: Sequence[int], kv: Tensor) -> None:
+        """Fill whole blocks with values as `read` gives them. Waits for nobody."""
+        blocks = self._ids(block_ids)
+        for part, source in zip(self._parts, self._by_token(kv, len(blocks)), strict=True):
+            content = source.permute(2, 0, 4, 1, 3, 5)  # [n, l, H, 2, B, D]
+            by_token, where = self._where()
+            if by_token:
+                pages = content.transpose(3, 4).reshape(len(blocks), *part.shape[1:])
+            else:
+                pages = torch.empty((len(blocks), *part.shape[1:]), dtype=part.dtype)
+                pages.flatten(3)[..., where] = content.flatten(3)
+            part[blocks] = pages
+
+    def _by_token(self, kv: Tensor, blocks: int) -> tuple[Tensor, ...]:
+        """`[layers, 2, tokens, H*D]` as one `[l, 2, n, B, H, D]` view per part."""
+        view = kv.unflatten(3, (self.heads, self.head_size))
+        view = view.unflatten(2, (blocks, self.block_tokens))
+        return view.split([part.shape[1] for part in self._parts])
+
+    def _ids(self, block_ids: Sequence[int]) -> Tensor:
+        return async_tensor_h2d(list(block_ids), device=self.device, dtype=torch.int64)
+
+    def _where(self) -> tuple[bool, Tensor]:
+        """Whether pages are packed token by token, and int64 `[2*B*D]`: where K and V stand."""
+        if self._packing is None:
+            found = self._page_format()
+            plain = PageFormat.by_token(self.block_tokens, self.head_size)
+            same = torch.equal(found.keys, plain.keys) and torch.equal(found.values, plain.values)
+            where = torch.cat([found.keys.flatten(), found.values.flatten()])
+            self._packing = same, where.to(self.device)
+        return self._packing
 
 
-def _bits(values: Tensor) -> np.ndarray:
-    if values.dtype == torch.float32:
-        return values.numpy()
-    return values.view(torch.int16).numpy().view(np.uint16)
+def together(layers: list[Tensor]) -> list[Tensor]:
+    """The layers as views `[num_blocks, l, H, B, 2*D]`: one where they are evenly spaced."""
+    first = layers[0]
+    alike = {(layer.untyped_storage().data_ptr(), layer.stride()) for layer in layers}
+    steps = {b.storage_offset() - a.storage_offset() for a, b in pairwise(layers)}
+    if len(alike) > 1 or len(steps) != 1 or min(steps) < 1:
+        return [layer[:, None] for layer in layers]
+    blocks, *page = first.shape
+    block_stride, *strides = first.stride()
+    shape, stride = (blocks, len(layers), *page), (block_stride, *steps, *strides)
+    return [first.as_strided(shape, stride)]

@@ -66,7 +66,10 @@ def refuse(vllm_config: Any, settings: ConnectorSettings, kv_cache_config: Any =
     """Raise ValueError, one line, for what does not work."""
     block, parallel = vllm_config.cache_config.block_size, vllm_config.parallel_config
     refused = (
-        (not current_platform.is_cpu(), "it runs on CPUs so far"),
+        (
+            not (current_platform.is_cpu() or current_platform.is_cuda()),
+            "it runs on CPUs and CUDA GPUs",
+        ),
         (
             settings.chunk_tokens % block,
             f"chunk_tokens {settings.chunk_tokens} is not a multiple of the block size {block}",

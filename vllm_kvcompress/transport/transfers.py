@@ -7,18 +7,20 @@ from collections import deque
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
+from functools import partial
 from queue import Empty, SimpleQueue
 from typing import Any, NamedTuple
 
-import numpy as np
+import torch
 
-from vllm_kvcompress.transport.chunks import ChunkCodec, WrongProfile
+from vllm_kvcompress.transport.beside import Fence
+from vllm_kvcompress.transport.chunks import WrongProfile
 from vllm_kvcompress.transport.codec import CorruptChunk
+from vllm_kvcompress.transport.coders import Coder
 from vllm_kvcompress.transport.container import WrongVersion, parse
 from vllm_kvcompress.transport.jobs import Compute, Load, Save
 from vllm_kvcompress.transport.keys import store_key
 from vllm_kvcompress.transport.levels import RECOMPUTE
-from vllm_kvcompress.transport.pages import CachePages
 from vllm_kvcompress.transport.settings import ConnectorSettings
 from vllm_kvcompress.transport.stats import Tally
 from vllm_kvcompress.transport.stores import Store, StoreError
@@ -54,19 +56,19 @@ class Transfers:
         self,
         settings: ConnectorSettings,
         store: Store,
-        codec: ChunkCodec,
-        pages: CachePages,
+        coder: Coder,
         tally: Tally,
         *,
         rank: int = 0,
         ranks: int = 1,
         may_recompute: bool = True,
     ) -> None:
-        self.settings, self.store, self.codec, self.pages = settings, store, codec, pages
+        self.settings, self.store, self.coder, self.pages = settings, store, coder, coder.pages
         self.tally, self.rank, self.ranks = tally, rank, ranks
         self.may_recompute = may_recompute
         self._loaders = ThreadPoolExecutor(LOADS_AT_ONCE, "cachegen-load")
         self._fetchers = ThreadPoolExecutor(LOADS_AT_ONCE, "cachegen-fetch")
+        self._landers = ThreadPoolExecutor(1, "cachegen-land")
         self._savers = ThreadPoolExecutor(1, "cachegen-save")
         self._lock = threading.Lock()
         self._finished: set[str] = set()
@@ -87,7 +89,7 @@ class Transfers:
         self._mark(Event.REQUEST, job.request_id, 0, job.prompt_tokens, 0, job.arrived, deadline)
         self._on_the_way[job.request_id] = math.inf
         self.tally.add("loads_in_flight")
-        self._loaders.submit(self._load, job)
+        self._loaders.submit(self._load, job, self.coder.beside.fence())
 
     def take_finished(self) -> set[str]:
         """Requests whose loads are done since the last call, whole or not."""
@@ -113,11 +115,17 @@ class Transfers:
             if self._buffered + size > self.settings.buffer_mb * MB:
                 self.tally.add("not_stored", label="buffer_full")
                 return
+        try:
+            taken = self.coder.take(job.block_ids)
+        except torch.OutOfMemoryError as error:
+            self.tally.add("not_stored", label=type(error).__name__)
+            return
+        with self._lock:
             self._buffered += size
         self.tally.add("saves_queued")
         self.tally.add("save_queue_bytes", size)
-        kv = self.pages.read(job.block_ids)
-        future = self._savers.submit(self._save, job, kv, size)
+        landed = self._landers.submit(self.coder.land, taken)
+        future = self._savers.submit(self._save, job, landed, size)
         self._saving.add(future)
         future.add_done_callback(self._saving.discard)
 
@@ -130,20 +138,27 @@ class Transfers:
             except TimeoutError:
                 return
 
-    def computed(self, prompts: Sequence[Compute], began: float, ended: float) -> None:
-        """Learn how fast prompts are computed, from a step that did."""
+    def computed(self, prompts: Sequence[Compute], began: Fence, ended: Fence) -> None:
+        """Learn how fast prompts are computed, once the step that does is over."""
+        self.coder.beside.time(began, ended, partial(self._computed, prompts))
+
+    def _computed(self, prompts: Sequence[Compute], began: float, ended: float) -> None:
         tokens = sum(part.last - part.first for part in prompts)
         if tokens >= LEARN_FROM_TOKENS:
             per_chunk = (ended - began) / tokens * self.settings.chunk_tokens
             self._recompute_s = _smoothed(self._recompute_s, per_chunk)
         for part in prompts:
-            if part.request_id not in self._on_the_way:
+            last = part.last == part.prompt_tokens
+            with self._lock:
+                loaded = self._on_the_way.get(part.request_id)
+                if loaded is not None and last:
+                    del self._on_the_way[part.request_id]
+            if loaded is None:
                 continue
             where = part.request_id, part.first, part.last, 0
             self._mark(Event.COMPUTE, *where, began, ended)
-            if part.last == part.prompt_tokens:
+            if last:
                 self._mark(Event.FIRST_TOKEN, *where, ended, ended)
-                loaded = self._on_the_way.pop(part.request_id)
                 if tokens < LEARN_FROM_TOKENS:
                     self._finish_s = _smoothed(self._finish_s, ended - loaded)
 
@@ -154,16 +169,16 @@ class Transfers:
                 self._on_the_way.pop(request_id, None)
 
     def close(self) -> None:
-        for pool in (self._savers, self._loaders, self._fetchers):
+        for pool in (self._landers, self._savers, self._loaders, self._fetchers):
             pool.shutdown(wait=False, cancel_futures=True)
         self.store.close()
 
-    def _load(self, job: Load) -> None:
+    def _load(self, job: Load, ours: Fence) -> None:
         good_until = job.first_token
         try:
             for arrived in self._stream(job):
                 begun, first = time.time(), good_until
-                level = self._place(job, arrived)
+                level = self._place(job, arrived, ours)
                 ended, good_until = time.time(), (arrived.chunk + 1) * self.settings.chunk_tokens
                 self._decode_s = _smoothed(self._decode_s, ended - begun)
                 self._mark(Event.DECODE, job.request_id, first, good_until, level, begun, ended)
@@ -252,11 +267,12 @@ class Transfers:
         self.tally.add("loaded_bytes", len(data))
         return Arrived(job.first_chunk + i, key, data)
 
-    def _place(self, job: Load, arrived: Arrived) -> int:
+    def _place(self, job: Load, arrived: Arrived, ours: Fence) -> int:
         """Decode one chunk into its blocks, those left out that vLLM has already. Its level."""
         chunk, key, data = arrived
         try:
-            header = parse(data, self._chunk_bytes()).header
+            container = parse(data, self._chunk_bytes())
+            header = container.header
             shape = len(self.pages.layers), self.pages.heads, self.pages.head_size
             if (header.layers, header.heads, header.head_size) != shape or (
                 header.dtype != self.pages.dtype
@@ -265,7 +281,13 @@ class Transfers:
             ):
                 self._discard(key)
                 raise Miss("of_something_else")
-            kv = self.codec.decode(data)
+            block = self.pages.block_tokens
+            start = chunk * self.settings.chunk_tokens
+            skipped = max(0, job.first_token - start) // block
+            ids = job.block_ids[start // block : (start + self.settings.chunk_tokens) // block]
+            if wanted := ids[skipped:]:
+                tokens = slice(skipped * block, len(ids) * block)
+                self.coder.place(container, wanted, tokens, ours)
         except WrongVersion as error:
             raise Miss("other_version") from error
         except WrongProfile as error:
@@ -273,13 +295,6 @@ class Transfers:
         except CorruptChunk as error:
             self._discard(key)
             raise Miss("corrupt") from error
-        block = self.pages.block_tokens
-        start = chunk * self.settings.chunk_tokens
-        skipped = max(0, job.first_token - start) // block
-        ids = job.block_ids[start // block : (start + self.settings.chunk_tokens) // block]
-        if wanted := ids[skipped:]:
-            kv = kv[:, :, skipped * block : len(ids) * block]
-            self.pages.write(wanted, np.ascontiguousarray(kv))
         self.tally.add("loaded_chunks", label=header.level)
         self.tally.add("loaded_raw_bytes", header.raw_bytes)
         return header.level
@@ -289,13 +304,12 @@ class Transfers:
         with suppress(StoreError):
             self.store.delete(key)
 
-    def _save(self, job: Save, kv: np.ndarray, size: int) -> None:
+    def _save(self, job: Save, landed: Future[Any], size: int) -> None:
         try:
+            kv = landed.result()
             for level in self.settings.levels:
                 begun = time.time()
-                data = self.codec.encode(
-                    kv, self.pages.dtype, level, heads=self.pages.heads, key=job.digest
-                )
+                data = self.coder.encode(kv, level, job.digest)
                 encoded = time.time()
                 self.tally.add("encode_seconds", encoded - begun)
                 key = store_key(job.space, job.digest, self.rank, self.ranks, level)
@@ -303,7 +317,7 @@ class Transfers:
                 self._seen_bytes[level] = len(data)
                 self.tally.add("put_seconds", time.time() - encoded)
                 self.tally.add("stored_bytes", len(data))
-                self.tally.add("stored_raw_bytes", kv.nbytes)
+                self.tally.add("stored_raw_bytes", size)
                 self.tally.add("stored_chunks", label=level)
         except StoreError as error:
             self.tally.add("not_stored", label=f"store_{error.reason}")
