@@ -27,6 +27,11 @@ def test_gpu_engine_in_triton_interpreter():
 
 
 @pytest.mark.timeout(900)
+def test_gpu_worker_on_a_pretended_gpu():
+    assert passed_in_interpreter("pretended") >= 15
+
+
+@pytest.mark.timeout(900)
 def test_kernels_compile_for_gpus_without_spilling_registers():
     figures = json.loads(run(TESTS / "kernels/gpu_code.py"))
     assert {name.split()[-1] for name in figures} == {"sm_80", "sm_90", "sm_100"}

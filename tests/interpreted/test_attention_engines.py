@@ -2,6 +2,7 @@
 
 import ast
 import sys
+from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
@@ -103,6 +104,9 @@ def test_flash_attn(case, monkeypatch):
         assert given["block_table"].dtype == given["seqused_k"].dtype == torch.int32
         assert given["cu_seqlens_q"].dtype == torch.int32
         assert int(given["seqused_k"].max()) <= given["max_seqlen_k"]
+        assert given["num_splits"] == 1, "no more splits than the longest sequence fills"
+        assert given["seqused_k"].is_contiguous() and given["cu_seqlens_q"].is_contiguous()
+        assert given["block_table"].stride(-1) == given["out"].stride(-1) == 1
         given["out"].copy_(
             attend_as_asked(
                 given["q"],
@@ -149,12 +153,71 @@ def test_flashinfer(monkeypatch):
     module.trtllm_batch_decode_with_kv_cache = trtllm_batch_decode_with_kv_cache
     monkeypatch.setitem(sys.modules, "flashinfer", package)
     monkeypatch.setitem(sys.modules, "flashinfer.decode", module)
-    monkeypatch.setattr("vllm_kvcompress.engine.attention.flashinfer.WORKSPACE_BYTES", 1 << 10)
+    monkeypatch.setattr(FlashInferEngine, "workspace_bytes", 1 << 10)
     engine = FlashInferEngine()
     for case in (ONE, SEVERAL):
         call = call_of(*case)
         engine.attend(call)
         assert (call.out.double() - expected(call)).abs().max() < 2e-5
+
+
+@pytest.mark.skipif(find_spec("flashinfer") is None, reason="no flashinfer-python")
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_flashinfer_itself_up_to_its_kernel(dtype, monkeypatch):
+    """The package's own Python, on a Hopper that is not there; its kernel reads raw memory."""
+    decode, xqa = map(import_module, ("flashinfer.decode", "flashinfer.xqa"))
+
+    def kernel(
+        run_sm90_fp8_mha,
+        sm_count,
+        num_kv_heads,
+        sliding_win_size,
+        q_scale,
+        output,
+        rcp_out_scale,
+        q,
+        sinks,
+        k_cache,
+        v_cache,
+        k_sf_cache,
+        v_sf_cache,
+        page_table,
+        max_seq_len,
+        seq_lens,
+        batch_size,
+        kv_scale,
+        semaphores,
+        workspace_buffer,
+        *rest,
+    ):
+        assert (num_kv_heads, sliding_win_size, rcp_out_scale, kv_scale) == (1, 0, 1.0, 1.0)
+        assert isinstance(q_scale, float) and not run_sm90_fp8_mha and sinks is None
+        for tensor in (output, q, page_table, seq_lens):
+            assert tensor.is_contiguous()
+        assert page_table.dtype == seq_lens.dtype == torch.int32
+        assert max_seq_len == page_table.shape[-1] * B
+        assert k_cache.shape[1:] == (B, 1, SIZE), "NHD"
+        assert k_cache.stride() == v_cache.stride() and not any(
+            stride % SIZE for stride in (k_cache.stride(0), k_cache.stride(1))
+        ), "the keys' strides, in heads, are taken for both"
+        assert all(tensor.data_ptr() % 16 == 0 for tensor in (k_cache, v_cache, q))
+        assert not semaphores.any() and len(semaphores) >= 4 * batch_size
+        starts, lengths = torch.arange(batch_size + 1), seq_lens.flatten()
+        where = page_table, lengths, q_scale / SIZE**0.5, starts
+        output[:, 0] = attend_as_asked(q[:, 0], k_cache, v_cache, *where)
+
+    module = SimpleNamespace(xqa=kernel)
+    asked = []
+    monkeypatch.setattr(xqa, "get_xqa_module", lambda *args: asked.append(args) or module)
+    for where in (xqa, decode):
+        monkeypatch.setattr(where, "get_compute_capability", lambda device: (9, 0))
+        monkeypatch.setattr(where, "device_support_pdl", lambda device: True)
+        monkeypatch.setattr(where, "get_device_sm_count", lambda device: 132)
+    monkeypatch.setattr(FlashInferEngine, "workspace_bytes", 16 << 20)
+    call = call_of(*ONE, dtype=dtype)
+    FlashInferEngine().attend(call)
+    assert asked == [(dtype, dtype, B, SIZE, GROUP, False, dtype, 1, False)]
+    assert (call.out.double() - expected(call)).abs().max() < 2e-2
 
 
 @pytest.mark.skipif(

@@ -118,3 +118,15 @@ def test_a_shape_that_they_do_not_take_is_left_to_triton(cuda_on_host):
     cache = torch.zeros(BLOCKS, 1, HEADS, 24, 2 * SIZE)
     pool = PagePool([cache[:, 0]], PageFormat.by_token(24, SIZE))
     assert chosen("auto", CudaPages(cuda_on_host), pool) == PageKernels(attend_pages, compact)
+
+
+@pytest.mark.parametrize("tokens", [1, 3 * B])
+def test_batches_are_valid_calls(pool, tokens):
+    scratch = Scratch(ROWS, HEADS, WIDTH, pool.device)
+    pool.cache.normal_()
+    for call in page_kernels.batches(pool, GROUP, scratch, WIDTH * B, tokens):
+        TritonEngine().attend(call)
+        held = call.keys, call.values, call.tables, call.lengths
+        want = attend_pages_reference(call.queries, *held, call.scale)
+        torch.testing.assert_close(call.out.double(), want, rtol=0, atol=2e-5)
+        assert call.lengths.unique().tolist() == [min(tokens, len(held[0]) // len(call.out) * B)]

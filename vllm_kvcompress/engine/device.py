@@ -62,6 +62,9 @@ class HeadPathBuilder:
         common, step = common_attn_metadata, None
         if self.step_view is not None:
             step, common = self._step(self.step_view, common)
+            fast_build = fast_build or step.everything  # no schedule for a kernel that is not run
+            if step.heads is not None:
+                common_prefix_len = 0  # compressed requests no longer hold the prefix
         metadata = super().build(common_prefix_len, common, fast_build, **options)  # type: ignore[misc]
         metadata.kv_compress = step
         return metadata

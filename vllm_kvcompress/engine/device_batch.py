@@ -107,7 +107,8 @@ class DeviceHeads:
         queries, out = query.unflatten(1, (heads, -1)), output.unflatten(1, (heads, -1))
         keys, values = split_pages(pool.cache)
         if where is None:
-            mine, attended = queries[:rows].flatten(0, 1), out[:rows].flatten(0, 1)
+            mine = queries[:rows].flatten(0, 1)
+            attended = out[:rows].view(rows * heads, *out.shape[2:])
             starts = self.scratch.query_start_loc[: rows * heads + 1]
         else:
             mine, starts = queries[where.tokens, where.lanes], where.query_start_loc

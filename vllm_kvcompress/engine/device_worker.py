@@ -53,6 +53,8 @@ class DeviceWorker(PerHeadWorker):
             config.kernels, self._cuda, pool, group, self._scratch, model.max_model_len
         )
         self._engine.use(kernels.attend)
+        for call in page_kernels.batches(pool, group, self._scratch, model.max_model_len, 1):
+            self._engine.attend(call)  # whatever it compiles, it compiles now
         judge = DeviceJudge(config, pool, scale, mean_over_ranks)
         return DeviceCompressor(config, pool, judge, rows, width, kernels.compact)
 
@@ -64,7 +66,8 @@ class DeviceWorker(PerHeadWorker):
         builder.scratch = self._scratch
 
     def reserved_bytes(self, config: EngineConfig) -> int:
-        return super().reserved_bytes(config) + Scratch.bytes_of(*self._sizes())
+        own = Scratch.bytes_of(*self._sizes()) + self._engine.workspace_bytes
+        return super().reserved_bytes(config) + own
 
     def _config(self) -> EngineConfig:
         vllm_config = self.vllm_config  # type: ignore[attr-defined]
@@ -74,7 +77,9 @@ class DeviceWorker(PerHeadWorker):
         """Rows of the largest batch, KV heads of this rank, blocks of the longest request."""
         config = self.vllm_config  # type: ignore[attr-defined]
         rows = config.scheduler_config.max_num_seqs
-        graphs = config.compilation_config.max_cudagraph_capture_size or 0
+        compilation, graphs = config.compilation_config, 0
+        if compilation.cudagraph_mode.has_full_cudagraphs():
+            graphs = compilation.max_cudagraph_capture_size or 0
         heads = config.model_config.get_num_kv_heads(config.parallel_config)
         blocks = ceil_div(config.model_config.max_model_len, config.cache_config.block_size)
         return max(rows, graphs), heads, blocks

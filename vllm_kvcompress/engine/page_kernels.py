@@ -14,6 +14,7 @@ import torch
 import triton
 from torch import Tensor
 
+from vllm_kvcompress.accounting import ceil_div
 from vllm_kvcompress.config import KernelsName
 from vllm_kvcompress.engine.attention.interface import HeadCall
 from vllm_kvcompress.engine.attention.triton import newest
@@ -88,7 +89,7 @@ def choose(
     attend = Fastest({"triton": attend_pages, "cuda": cuda.attend_pages}, _kind)
     copy = Fastest({"triton": compact, "cuda": cuda.compact}, lambda *_: None)
     chosen = []
-    for call in _batches(pool, group, scratch, longest):
+    for call in batches(pool, group, scratch, longest, longest):
         arguments = newest(call)
         attend.measure(*arguments)
         chosen.append(f"{attend.choice(*arguments)} to {_kind(*arguments)}")
@@ -107,18 +108,25 @@ def _kind(queries: Tensor, *_: Any) -> int:
     return triton.next_power_of_2(len(queries))
 
 
-def _batches(pool: PagePool, group: int, scratch: Scratch, longest: int) -> Iterator[HeadCall]:
-    """One of each kind that `scratch` has room for, its sequences sharing the whole pool."""
+def batches(
+    pool: PagePool, group: int, scratch: Scratch, longest: int, tokens: int
+) -> Iterator[HeadCall]:
+    """A batch of each size that graphs may capture, up to the next power of two of sequences.
+
+    Args:
+        tokens: of each sequence; fewer where they would have to share pages.
+    """
     keys, values = split_pages(pool.cache)
     shuffled = torch.randperm(len(keys), device=pool.device, dtype=torch.int32)
     every = range(1, scratch.rows + 1)
     largest = {triton.next_power_of_2(rows * pool.num_heads): rows for rows in every}
     for rows in largest.values():
         tables, lengths = (part[0].flatten(0, 1) for part in scratch.tables(rows))
-        width = max(1, min(scratch.width, len(keys) // len(tables)))
+        width = min(scratch.width, ceil_div(tokens, pool.page_tokens))
+        width = max(1, min(width, len(keys) // len(tables)))
         entries = torch.arange(len(tables) * width, device=pool.device) % len(keys)
         tables[:, :width] = shuffled[entries].view(-1, width)
-        lengths.fill_(min(width * pool.page_tokens, longest))
+        lengths.fill_(min(width * pool.page_tokens, tokens))
         queries = keys.new_ones(len(tables), group, pool.head_size)
         yield HeadCall(
             queries=queries,

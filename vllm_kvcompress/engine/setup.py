@@ -75,6 +75,9 @@ def configured(
     refuse(AFTER, vllm_config)
     if on_device:
         refuse(ON_DEVICE, vllm_config)
+        compilation = vllm_config.compilation_config
+        # Triton compiles at a kernel's first call, which must not be the one that is captured.
+        compilation.cudagraph_num_of_warmups = max(1, compilation.cudagraph_num_of_warmups)
     _check_for_model(config, vllm_config)
     config = with_tsp_capacity(config, vllm_config)
     vllm_config.additional_config["kv_compress"] = config.to_dict()
@@ -93,13 +96,14 @@ def with_engine(config: EngineConfig, engine_args: Any, platform: Any) -> Engine
     Raises:
         StartupError: the engine, or the backend asked for, cannot be used.
     """
+    asked = engine_args.attention_backend or engine_args.attention_config.backend
+    beside = None if platform.is_cpu() or not asked else getattr(asked, "name", asked).upper()
     try:
-        engine = choose(config.attention_engine, platform, dtype=str(engine_args.dtype))
+        engine = choose(config.attention_engine, platform, str(engine_args.dtype), beside)
     except ValueError as error:
         raise StartupError(str(error)) from None
     if not platform.is_cpu():
-        asked = engine_args.attention_backend or engine_args.attention_config.backend
-        name = getattr(asked, "name", asked) or engine.beside[0]
+        name = beside or engine.beside[0]
         if name not in engine.beside:
             raise StartupError(
                 f"attention_engine={engine.name} works beside {' or '.join(engine.beside)}, not "

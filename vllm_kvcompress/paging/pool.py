@@ -163,7 +163,7 @@ class _PageHalf:
             strides = (flat.stride(0), token_stride, lane_stride)
             begin = flat.storage_offset() + start
             self._view = flat.as_strided((len(flat), tokens, head_size), strides, begin)
-        self._where = where.to(flat.device)
+        self._where = async_tensor_h2d(where, device=flat.device)
 
     def read(self, pages: Tensor) -> Tensor:
         """`[H, P]` pages -> `[H, P*B, D]`, in memory as it came cheapest."""

@@ -21,11 +21,14 @@ def load(name: str) -> type[AttentionEngine]:
     return getattr(import_module(f"vllm_kvcompress.engine.attention.{name}"), ENGINES[name])
 
 
-def choose(name: str, platform: Any, dtype: str = "auto") -> type[AttentionEngine]:
+def choose(
+    name: str, platform: Any, dtype: str = "auto", beside: str | None = None
+) -> type[AttentionEngine]:
     """The engine of this name, for `auto` the first of `ATTENTION_ENGINES` that runs here.
 
     Args:
         dtype: the model's, as it was asked for.
+        beside: a backend of vLLM's that `auto` has to work beside.
 
     Raises:
         ValueError: it cannot run here, or none can; one line with the reasons.
@@ -39,6 +42,8 @@ def choose(name: str, platform: Any, dtype: str = "auto") -> type[AttentionEngin
     for candidate in ATTENTION_ENGINES:
         engine = load(candidate)
         reason = engine.obstacle(platform, dtype)
+        if reason is None and beside not in (None, *engine.beside):
+            reason = f"it does not work beside {beside}"
         if reason is None:
             return engine
         reasons.append(f"{candidate}: {reason}")

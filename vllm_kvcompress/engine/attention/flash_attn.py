@@ -7,7 +7,11 @@ from vllm import envs
 from vllm.utils.torch_utils import canonicalize_singleton_dim_strides
 from vllm.v1.attention.backends import fa_utils
 
+from vllm_kvcompress.accounting import ceil_div
 from vllm_kvcompress.engine.attention.interface import FLOAT32, AttentionEngine, HeadCall
+
+MOST_SPLITS = 32  # as vLLM's own in CUDA graphs
+SPLIT_TOKENS = 256
 
 
 class FlashAttentionEngine(AttentionEngine):
@@ -29,6 +33,7 @@ class FlashAttentionEngine(AttentionEngine):
         return None
 
     def attend(self, call: HeadCall) -> None:
+        version = _version(call.queries.shape[-1], call.softcap > 0)
         # Strides of a dimension of one are arbitrary, but FlashAttention 3 hands them to TMA.
         fa_utils.flash_attn_varlen_func(
             q=call.queries,
@@ -43,11 +48,22 @@ class FlashAttentionEngine(AttentionEngine):
             causal=True,
             block_table=call.tables,
             softcap=call.softcap,
-            fa_version=_version(call.queries.shape[-1]),
-            num_splits=1 if envs.VLLM_BATCH_INVARIANT else 0,
+            fa_version=version,
+            num_splits=_most_splits(version, call.longest),
         )
 
 
 @cache
-def _version(head_size: int) -> int | None:
-    return fa_utils.get_flash_attn_version(head_size=head_size)
+def _version(head_size: int, softcap: bool) -> int | None:
+    return fa_utils.get_flash_attn_version(head_size=head_size, requires_softcap=softcap)
+
+
+def _most_splits(version: int | None, longest: int) -> int:
+    """For FlashAttention 3 a bound, within which its kernels split by the lengths on the device.
+
+    Left to itself (0) it makes room for over 100 splits of every sequence, outside of vLLM's
+    memory profile.
+    """
+    if envs.VLLM_BATCH_INVARIANT:
+        return 1
+    return min(MOST_SPLITS, ceil_div(longest, SPLIT_TOKENS)) if version == 3 else 0

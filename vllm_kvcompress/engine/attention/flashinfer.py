@@ -14,7 +14,7 @@ from vllm_kvcompress.engine.attention.interface import FLOAT32, AttentionEngine,
 from vllm_kvcompress.engine.attention.triton import TritonEngine
 
 PAGE_TOKENS = (16, 32, 64, 128)
-WORKSPACE_BYTES = 256 << 20
+MOST_GROUP = 32
 
 
 class FlashInferEngine(AttentionEngine):
@@ -25,6 +25,7 @@ class FlashInferEngine(AttentionEngine):
 
     name = "flashinfer"
     beside = ("FLASH_ATTN", "TRITON_ATTN")
+    workspace_bytes = 256 << 20
 
     def __init__(self) -> None:
         from flashinfer.decode import trtllm_batch_decode_with_kv_cache
@@ -49,13 +50,15 @@ class FlashInferEngine(AttentionEngine):
         if call.most_queries > 1:
             self._several.attend(call)
             return
-        if call.softcap or call.keys.shape[1] not in PAGE_TOKENS:
+        (_, group, size), page_tokens = call.queries.shape, call.keys.shape[1]
+        if call.softcap or page_tokens not in PAGE_TOKENS or size % 16 or group > MOST_GROUP:
             raise ValueError(
-                f"attention_engine=flashinfer takes blocks of {PAGE_TOKENS} tokens and no "
-                f"softcap, not {call.keys.shape[1]} tokens and softcap {call.softcap}"
+                f"attention_engine=flashinfer takes blocks of {PAGE_TOKENS} tokens, head sizes "
+                f"that are multiples of 16, at most {MOST_GROUP} query heads per KV head and no "
+                f"softcap, not {page_tokens}, {size}, {group} and {call.softcap}"
             )
         if self._workspace is None:  # zeros: its first bytes are semaphores
-            shape = (WORKSPACE_BYTES,)
+            shape = (self.workspace_bytes,)
             self._workspace = torch.zeros(shape, dtype=torch.uint8, device=call.queries.device)
         self._decode(
             query=call.queries,

@@ -42,10 +42,12 @@ class AttentionEngine(ABC):
 
     name: as in `attention_engine`.
     beside: vLLM's attention backends for everything that is not compressed, the best first.
+    workspace_bytes: what it allocates once and keeps.
     """
 
     name: ClassVar[str]
     beside: ClassVar[tuple[str, ...]]
+    workspace_bytes: ClassVar[int] = 0
 
     @classmethod
     @abstractmethod

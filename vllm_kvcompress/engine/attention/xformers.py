@@ -8,6 +8,8 @@ import torch
 from vllm_kvcompress.engine.attention.interface import FLOAT32, AttentionEngine, HeadCall
 from vllm_kvcompress.engine.attention.triton import TritonEngine
 
+HEAD_SIZES = (16, 32, 64, 128, 256, 512)
+
 
 class XFormersEngine(AttentionEngine):
     """`fmha.triton_splitk` with `PagedBlockDiagonalPaddedKeysMask`.
@@ -44,9 +46,12 @@ class XFormersEngine(AttentionEngine):
         if call.most_queries > 1:
             self._several.attend(call)
             return
-        if call.softcap:
-            raise ValueError("attention_engine=xformers takes no softcap")
         sequences, group, size = call.queries.shape
+        if call.softcap or size not in HEAD_SIZES:
+            raise ValueError(
+                f"attention_engine=xformers takes head sizes {HEAD_SIZES} and no softcap, not "
+                f"{size} and {call.softcap}"
+            )
         pages, page_tokens, _, _ = call.keys.shape
         rows = (1, pages * page_tokens, 1, size)
         keys, values = (

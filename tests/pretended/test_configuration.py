@@ -1,0 +1,82 @@
+"""What the plugin makes of an engine's settings where vLLM sees a CUDA GPU."""
+
+import pytest
+from engine.engines import DEMO_MODEL
+from vllm.config import CUDAGraphMode
+from vllm.engine.arg_utils import EngineArgs
+from vllm.plugins import load_general_plugins
+from vllm.v1.kv_cache_interface import KVCacheLayout
+
+from vllm_kvcompress.config import StartupError
+from vllm_kvcompress.engine.device_worker import KVCompressDeviceWorker
+
+
+@pytest.fixture(scope="module", autouse=True)
+def plugin():
+    load_general_plugins()
+
+
+def configured(kv_compress=None, **options):
+    settings = {"kv_compress": {"rate": 4} | (kv_compress or {})}
+    options = {"dtype": "bfloat16"} | options
+    return EngineArgs(
+        model=DEMO_MODEL, additional_config=settings, **options
+    ).create_engine_config()
+
+
+@pytest.mark.parametrize("runner", ["0", "1"])
+@pytest.mark.parametrize(
+    ("asked", "dtype", "backend", "engine"),
+    [
+        (None, "bfloat16", "FLASH_ATTN", "flash_attn"),
+        ("FLASH_ATTN", "float16", "FLASH_ATTN", "flash_attn"),
+        ("TRITON_ATTN", "bfloat16", "TRITON_ATTN", "triton"),
+        (None, "float32", "TRITON_ATTN", "triton"),
+    ],
+)
+def test_auto_finds_an_engine_beside_the_backend_asked_for(
+    asked, dtype, backend, engine, runner, monkeypatch
+):
+    monkeypatch.setenv("VLLM_USE_V2_MODEL_RUNNER", runner)
+    config = configured(attention_backend=asked, dtype=dtype)
+    assert config.attention_config.backend.name == backend
+    assert config.additional_config["kv_compress"]["attention_engine"] == engine
+    assert config.parallel_config.worker_cls.endswith(".KVCompressDeviceWorker")
+    assert config.scheduler_config.async_scheduling
+    assert config.scheduler_config.scheduler_cls.endswith(".KVCompressAsyncScheduler")
+    assert config.cache_config.block_size == 16
+    assert config.compilation_config.cudagraph_num_of_warmups >= 1
+
+
+def test_graphs_and_layout_are_what_the_backends_take():
+    worker = object.__new__(KVCompressDeviceWorker)
+    for backend in ("FLASH_ATTN", "TRITON_ATTN"):
+        worker.vllm_config = configured(attention_backend=backend)
+        ours = worker.backend
+        assert ours.get_name() == backend
+        assert ours.supported_kv_cache_layouts() == (KVCacheLayout.BLHNC,)
+        support = ours.get_builder_cls().get_cudagraph_support(worker.vllm_config, None)
+        assert support.name == "UNIFORM_SINGLE_TOKEN_DECODE"
+        mode = worker.vllm_config.compilation_config.cudagraph_mode
+        assert mode == CUDAGraphMode.FULL_AND_PIECEWISE
+
+
+def test_two_ranks_are_configured_as_one():
+    config = configured(tensor_parallel_size=2, distributed_executor_backend="mp")
+    assert config.parallel_config.worker_cls.endswith(".KVCompressDeviceWorker")
+
+
+@pytest.mark.parametrize(
+    ("kv_compress", "options", "says"),
+    [
+        ({"attention_engine": "flash_attn"}, {"attention_backend": "TRITON_ATTN"}, "works beside"),
+        ({"attention_engine": "flash_attn"}, {"dtype": "float32"}, "float16 and bfloat16 only"),
+        ({"attention_engine": "cpu"}, {}, "CPU build"),
+        ({}, {"attention_backend": "FLEX_ATTENTION"}, "does not work beside FLEX_ATTENTION"),
+        ({}, {"data_parallel_size": 2}, "data parallelism"),
+    ],
+)
+def test_what_cannot_be_is_refused_in_one_line(kv_compress, options, says):
+    with pytest.raises(StartupError, match=says) as refusal:
+        configured(kv_compress, **options)
+    assert "\n" not in str(refusal.value)
