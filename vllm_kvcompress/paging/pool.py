@@ -164,12 +164,9 @@ class _PageHalf:
         )
         if self._in_rows:
             begin = flat.storage_offset() + start
-            page_rows = flat.as_strided(
-                (len(flat), count, width), (flat.stride(0), stride, 1), begin
-            )
-            self._view = (
-                page_rows.transpose(1, 2) if self._lane_major else page_rows
-            )  # [pages, B, D]
+            shape, strides = (len(flat), count, width), (flat.stride(0), stride, 1)
+            view = flat.as_strided(shape, strides, begin)
+            self._view = view.mT if self._lane_major else view  # [pages, B, D]
             self._rows = flat.view(-1, width)
             self._rows_per_page = flat.shape[1] // width
             self._rows_of_page = async_tensor_h2d(rows[:, 0] // width, device=flat.device)
