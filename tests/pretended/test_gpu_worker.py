@@ -4,16 +4,24 @@ CacheGen's store."""
 from random import Random
 
 import pytest
-from engine.engines import DEMO_MODEL, ask, compressor_of, counted, greedy, prompt, runner_of
+from engine.engines import (
+    DEMO_MODEL,
+    ask,
+    compressor_of,
+    counted,
+    greedy,
+    prompt,
+    propagation_of,
+    runner_of,
+)
 from vllm import LLM
 from vllm.distributed.kv_transfer import get_kv_transfer_group
 
 from vllm_kvcompress.bench.gpu.recorded import CUDAGraph
 from vllm_kvcompress.engine.device_compressor import DeviceCompressor
-from vllm_kvcompress.engine.runners import FULL
-from vllm_kvcompress.engine.runners import runner_of as asked_as
 
 SAID = 5
+TSP = {"kv_compress": "tsp"}
 
 
 @pytest.mark.timeout(600)
@@ -38,14 +46,28 @@ def test_graphs_steps_without_graphs_and_a_loaded_prompt_say_the_same(monkeypatc
     assert type(runner).__module__ == "vllm.v1.worker.gpu_model_runner"
     assert isinstance(compressor, DeviceCompressor)
     rng, replays, replay = Random(3), [], CUDAGraph.replay
-    monkeypatch.setattr(CUDAGraph, "replay", lambda graph: replays.append(replay(graph)))
-    prompts = [prompt(rng, 100), prompt(rng, 7)]
-    with counted(compressor, "_compress") as compressions:
-        captured = ask(llm, prompts, greedy(SAID))
-    assert len(compressions) == 1 and len(replays) >= SAID - 2
+
+    def replayed(graph):
+        assert not compressor.propagating, "a graph has all tokens go through all layers"
+        replays.append(replay(graph))
+
+    monkeypatch.setattr(CUDAGraph, "replay", replayed)
+    prompts = [prompt(rng, 100), prompt(rng, 7), prompt(rng, 70)]
+
+    def asked(knobs):
+        return [greedy(SAID, knobs), greedy(3 * SAID, knobs), greedy(SAID, TSP | knobs)]
+
+    with (
+        counted(compressor, "_compress") as compressions,
+        counted(compressor, "_hold") as held,
+        counted(propagation_of(llm), "_go_on") as selections,
+    ):
+        captured = ask(llm, prompts, asked({}))
+    assert (len(compressions), len(held), len(selections)) == (1, 1, 1)
+    assert len(replays) >= SAID - 2
     replays.clear()
-    with asked_as(runner).without_graphs(FULL):
-        eager = ask(llm, prompts, greedy(SAID, {"cachegen_level": 0}))
+    monkeypatch.setattr(DeviceCompressor, "keeps_queries", True)  # such steps are not replayed
+    eager = ask(llm, prompts, asked({"cachegen_level": 0}))
     assert not replays
     assert [one.tokens for one in captured] == [one.tokens for one in eager]
     get_kv_transfer_group().transfers.flush(30)
