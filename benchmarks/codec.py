@@ -24,7 +24,7 @@ from vllm_kvcompress.bench.table import Table
 from vllm_kvcompress.transport.chunks import ChunkCodec
 from vllm_kvcompress.transport.codec import as_bits, instruction_sets
 from vllm_kvcompress.transport.levels import DEFAULT_LEVEL, LEVELS
-from vllm_kvcompress.transport.sample import sample
+from vllm_kvcompress.transport.sample import CannotSample, sample
 
 REPORT_WIDTH = 110
 HEAD_SIZE = 128
@@ -272,7 +272,10 @@ def main(
     """
     threads = threads or len(os.sched_getaffinity(0))
     parameters = dict(locals())
-    real = sample(model, tokens=tokens, dtype=DTYPE)
+    try:
+        real = sample(model, tokens=tokens, dtype=DTYPE)
+    except CannotSample as error:
+        raise typer.BadParameter(str(error)) from None
     made = synthetic(layers, tokens, channels)
     inputs = [
         Input(f"real, {real.kv.shape[3]} channels", real.kv, real.heads),

@@ -130,8 +130,12 @@ def main(
     )
     if url:
         headers = {"Authorization": f"Bearer {api_key}"} if api_key else {}
-        stats = httpx.get(url.rstrip("/") + STATS, headers=headers).raise_for_status().json()
-        if not (told := stats["cachegen_timelines"]):
+        try:
+            answer = httpx.get(url.rstrip("/") + STATS, headers=headers).raise_for_status()
+        except (httpx.HTTPError, httpx.InvalidURL) as error:
+            raise typer.BadParameter(f"no figures of a store from {url}: {error}") from None
+        stats = answer.json()
+        if not (told := stats.get("cachegen_timelines")):
             raise SystemExit("this server has loaded nothing yet")
         plot(told[-4:], picture, f"the last requests loaded by {url}")
         console.print(f"written: {picture}", highlight=False)

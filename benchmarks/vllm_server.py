@@ -42,8 +42,9 @@ def free_port(wanted: int = 0) -> int:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
             probe.bind((HOST, wanted))
-        except OSError as error:
-            raise SystemExit(f"port {wanted} cannot be used: {error.strerror}") from None
+        except (OSError, OverflowError) as error:
+            why = getattr(error, "strerror", error)
+            raise SystemExit(f"port {wanted} cannot be used: {why}") from None
         port: int = probe.getsockname()[1]
         return port
 

@@ -14,6 +14,7 @@ from vllm_kvcompress.kernels.dot import dot
 
 BLOCK_TOKENS = 64
 MIN_SPLIT_TOKENS = 256
+JOINED_SPLITS = 8  # loaded at once
 
 
 def splits_for(sequences: int, longest: int, processors: int) -> int:
@@ -97,6 +98,7 @@ def attend_pages(
         SIZE=size,
         BLOCK_SIZE=block_size,
         BLOCK_SPLITS=triton.next_power_of_2(splits),
+        CHUNK=JOINED_SPLITS,
         num_warps=1,
     )
 
@@ -222,6 +224,7 @@ def _join_splits(
     SIZE: tl.constexpr,
     BLOCK_SIZE: tl.constexpr,
     BLOCK_SPLITS: tl.constexpr,
+    CHUNK: tl.constexpr,
 ):
     sequence = tl.program_id(0).to(tl.int64)
     head = tl.program_id(1)
@@ -233,13 +236,15 @@ def _join_splits(
     peak = tl.max(every, axis=0)
     total = 0.0
     mixed = tl.zeros((BLOCK_SIZE,), tl.float32)
-    for one in range(0, splits):
-        weight = tl.load(weights + one * rows + row)
-        if weight > float("-inf"):
-            share = tl.exp(weight - peak)
-            at = partial + (one * rows + row) * SIZE + lane
-            mixed += share * tl.load(at, mask=lane < SIZE, other=0.0)
-            total += share
+    for first in range(0, splits, CHUNK):
+        these = first + tl.arange(0, CHUNK)
+        weight = tl.load(weights + these * rows + row, mask=these < splits, other=float("-inf"))
+        written = weight > float("-inf")
+        share = tl.where(written, tl.exp(weight - peak), 0.0)
+        at = partial + (these * rows + row)[:, None] * SIZE + lane
+        part = tl.load(at, mask=written[:, None] & (lane < SIZE)[None, :], other=0.0)
+        mixed += tl.sum(share[:, None] * part, axis=0)
+        total += tl.sum(share, axis=0)
     result = mixed / tl.where(total > 0, total, 1.0)
     at = out + sequence * out_stride + head * out_head_stride + lane
     tl.store(at, result.to(out.dtype.element_ty), mask=lane < SIZE)

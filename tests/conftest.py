@@ -16,6 +16,6 @@ collect_ignore = [] if os.environ.get("TRITON_INTERPRET") == "1" else APART
 
 
 def pytest_collection_modifyitems(items):
-    """Files that start engines come first, so that none of them is what all wait for at the end."""
-    slow = {item.path for item in items if item.get_closest_marker("engine")}
+    """Slow files come first, so that none of them is what all wait for at the end."""
+    slow = {item.path for item in items if any(map(item.get_closest_marker, ("engine", "slow")))}
     items.sort(key=lambda item: item.path not in slow)

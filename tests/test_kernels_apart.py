@@ -11,27 +11,27 @@ import pytest
 
 TESTS = Path(__file__).parent
 
-pytestmark = pytest.mark.skipif(
-    os.environ.get("TRITON_INTERPRET") == "1", reason="they run in this process"
-)
+pytestmark = [
+    pytest.mark.skipif(
+        os.environ.get("TRITON_INTERPRET") == "1", reason="they run in this process"
+    ),
+    pytest.mark.slow,
+    pytest.mark.timeout(900),
+]
 
 
-@pytest.mark.timeout(900)
 def test_kernels_in_triton_interpreter():
     assert passed_in_interpreter("kernels") > 100
 
 
-@pytest.mark.timeout(900)
 def test_gpu_engine_in_triton_interpreter():
     assert passed_in_interpreter("interpreted") >= 18
 
 
-@pytest.mark.timeout(900)
 def test_gpu_worker_on_a_pretended_gpu():
     assert passed_in_interpreter("pretended") >= 15
 
 
-@pytest.mark.timeout(900)
 def test_kernels_compile_for_gpus_without_spilling_registers():
     figures = json.loads(run(TESTS / "kernels/gpu_code.py"))
     assert {name.split()[-1] for name in figures} == {"sm_80", "sm_90", "sm_100"}

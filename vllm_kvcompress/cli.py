@@ -11,7 +11,13 @@ from rich.table import Table
 
 from vllm_kvcompress.bench.cli import app as bench
 from vllm_kvcompress.bench.tune.command import app as tune
-from vllm_kvcompress.presets import DEFAULT_PRESET, MAX_RATE, Preset, shipped_presets
+from vllm_kvcompress.presets import (
+    DEFAULT_PRESET,
+    MAX_RATE,
+    Preset,
+    read_text,
+    shipped_presets,
+)
 from vllm_kvcompress.transport import commands as transport_commands
 from vllm_kvcompress.verify import CannotVerify, Report, verify_server
 
@@ -24,9 +30,6 @@ app = typer.Typer(
     rich_markup_mode="markdown",
     pretty_exceptions_enable=False,
 )
-app.add_typer(bench, name="bench")
-app.add_typer(tune, name="tune")
-transport_commands.register(app)
 OK, NOT_COMPRESSED, CANNOT_TELL = 0, 1, 2
 
 
@@ -156,10 +159,9 @@ def build_cuda(
 
 def _read(prompt_file: Path) -> str:
     try:
-        prompt = prompt_file.read_text()
-    except (OSError, UnicodeDecodeError) as error:
-        reason = getattr(error, "strerror", None) or "it is not text"
-        raise CannotVerify(f"cannot read {prompt_file}: {reason}") from None
+        prompt = read_text(prompt_file)
+    except ValueError as error:
+        raise CannotVerify(str(error)) from None
     if not prompt.strip():
         raise CannotVerify(f"{prompt_file} holds no prompt")
     return prompt
@@ -185,6 +187,10 @@ def _text(report: Report) -> str:
         ]
     )
 
+
+transport_commands.register(app)
+app.add_typer(bench, name="bench")
+app.add_typer(tune, name="tune")
 
 if __name__ == "__main__":
     app()

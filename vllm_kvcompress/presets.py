@@ -200,12 +200,16 @@ def load_preset(path: str | Path) -> Preset:
     Raises:
         ValueError: the file cannot be read, or is no preset; one line that says why.
     """
+    return _parse_preset(read_text(path, "preset file "), str(path))
+
+
+def read_text(path: str | Path, what: str = "") -> str:
+    """Raises ValueError, with one line that says why, where `path` cannot be read as text."""
     try:
-        text = Path(path).read_text()
+        return Path(path).read_text()
     except (OSError, UnicodeDecodeError) as error:
         reason = getattr(error, "strerror", None) or "it is not text"
-        raise ValueError(f"cannot read preset file {path}: {reason}") from None
-    return _parse_preset(text, str(path))
+        raise ValueError(f"cannot read {what}{path}: {reason}") from None
 
 
 def _parse_preset(text: str, where: str) -> Preset:

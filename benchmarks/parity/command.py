@@ -15,9 +15,9 @@ from vllm_kvcompress.bench.harness import Summary, Verdict, model_name, write_re
 from vllm_kvcompress.bench.options import ListCommand, Threads
 from vllm_kvcompress.bench.quality.ask import Ask, BenchError
 from vllm_kvcompress.bench.quality.case import Case
-from vllm_kvcompress.bench.quality.command import Options, Policies, encoded
-from vllm_kvcompress.bench.quality.encode import LocalEncoder
+from vllm_kvcompress.bench.quality.encode import LocalEncoder, encoded
 from vllm_kvcompress.bench.quality.judge import Pairing
+from vllm_kvcompress.bench.quality.phases import Options, Policies
 from vllm_kvcompress.bench.quality.rows import Cell, Group, Row
 from vllm_kvcompress.bench.quality.run import Plan
 from vllm_kvcompress.bench.quality.scoring import score
@@ -157,9 +157,7 @@ def compare(
     if not asked:
         raise BenchError(f"no prompt of {length} tokens can hold {budget:.1%}: give a longer one")
     policies = Policies([budget], own, own)
-    options = Options(
-        model, "float32", "", threads, AT_ONCE, BLOCK_TOKENS, 0, policies, peers=[], fp8=False
-    )
+    options = Options(model, "float32", threads, AT_ONCE, BLOCK_TOKENS, policies)
     with options.engine("vLLM with kv-compress", longest) as engine:
         answers = engine.answers([each.ask for each in asked])
         ours = [answer.text for answer in tqdm(answers, desc="engine", total=len(asked))]

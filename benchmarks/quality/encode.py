@@ -1,7 +1,10 @@
 """Cases as token ids, alike for an engine, a server and a peer."""
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Protocol
+
+from tqdm import tqdm
 
 from vllm_kvcompress.bench.quality.ask import BenchError, Prompt
 from vllm_kvcompress.bench.quality.case import MAX_NEW_TOKENS, Case
@@ -73,3 +76,16 @@ def _answer_tokens(answer: str, encoder: Encoder) -> int:
 def _shared(a: list[int], b: list[int]) -> int:
     pairs = zip(a, b, strict=False)
     return next((i for i, (x, y) in enumerate(pairs) if x != y), min(len(a), len(b)))
+
+
+def encoded(cases: Sequence[Case], encoder: Encoder) -> tuple[list[Case], dict[str, Prompt], int]:
+    """Cases that fit into the model's context, their prompts, and the longest with its answer."""
+    prompts, kept, longest = {}, [], 0
+    for case in tqdm(cases, desc="tokenizing", unit="prompt", leave=False):
+        prompt = encode(case, encoder)
+        total = len(prompt.token_ids) + prompt.max_tokens
+        if total <= encoder.max_model_len:
+            prompts[case.key] = prompt
+            kept.append(case)
+            longest = max(longest, total)
+    return kept, prompts, longest

@@ -10,8 +10,8 @@ from transformers import AutoConfig
 
 from vllm_kvcompress.bench.quality.ask import BenchError, Prompt
 from vllm_kvcompress.bench.quality.case import Case
-from vllm_kvcompress.bench.quality.command import Options, Policies, encoded, phases
-from vllm_kvcompress.bench.quality.encode import LocalEncoder
+from vllm_kvcompress.bench.quality.encode import LocalEncoder, encoded
+from vllm_kvcompress.bench.quality.phases import Options, Policies, phases
 from vllm_kvcompress.bench.quality.rows import PLAIN, Row, cells
 from vllm_kvcompress.bench.quality.run import Plan, run
 from vllm_kvcompress.bench.quality.store import Store
@@ -89,14 +89,10 @@ def try_all(
     options = Options(
         model=asked.model,
         dtype=asked.engine_dtype,
-        url="",
         threads=asked.engine_threads,
         at_once=AT_ONCE,
         block_tokens=asked.block_tokens,
-        cache_blocks=0,
         policies=Policies([asked.budget], named, named),
-        peers=[],
-        fp8=False,
     )
     plan = Plan(found.cases, found.prompts, [False], asked.block_tokens, named)
     todo = phases(options, None, found.longest)

@@ -1,8 +1,10 @@
 // Decode attention over per-head pages, split over the keys (Flash-Decoding).
 //
 // A block of threads has one split of one sequence. Its threads form teams of LANES; a team reads
-// one token's key and value at a time, 16 bytes per lane and load, and weighs them for all G query
-// heads, so the cache is read once. Teams join in shared memory, splits in a second kernel.
+// AHEAD tokens' keys and values in a step, 16 bytes per lane and load, and weighs them for all G
+// query heads, so the cache is read once. Each thread copies what it will read itself into its own
+// part of shared memory, STAGES - 1 steps ahead, so loads are under way while it computes and no
+// barrier is needed. Teams join in shared memory, splits in a second kernel.
 #include "pages/device.cuh"
 #include "pages/pages.h"
 
@@ -30,15 +32,27 @@ __device__ __forceinline__ float faded(float peak, float new_peak) {
 }
 
 template <typename T, int LANES, int VECTORS, int GROUP>
-__global__ void __launch_bounds__(THREADS) attend_split(kvc_attention a) {
-    constexpr int SIZE = Vector<T>::SIZE;
-    constexpr int WIDTH = SIZE * VECTORS;  // elements of a row that one lane has
-    constexpr int ROW = LANES * WIDTH;
-    constexpr int TEAMS = THREADS / LANES;
-    constexpr int AHEAD = GROUP * VECTORS > 4 ? 2 : 4;  // tokens a team has in flight
-    __shared__ float team_mixed[TEAMS][GROUP][ROW];
-    __shared__ float team_peak[TEAMS][GROUP];
-    __shared__ float team_total[TEAMS][GROUP];
+struct Shape {
+    static constexpr int WIDTH = Vector<T>::SIZE * VECTORS;  // elements of a row that one lane has
+    static constexpr int ROW = LANES * WIDTH;
+    static constexpr int TEAMS = THREADS / LANES;
+    static constexpr int AHEAD = GROUP > 4 || VECTORS > 1 ? 2 : 4;
+    static constexpr int STAGES = AHEAD * VECTORS > 2 ? 3 : 4;  // 48 or 32 KiB
+
+    union Shared {
+        uint4 steps[STAGES][AHEAD][2][VECTORS][THREADS];
+        struct {
+            float mixed[TEAMS][GROUP][ROW], peak[TEAMS][GROUP], total[TEAMS][GROUP];
+        } teams;
+    };
+};
+
+template <typename T, int LANES, int VECTORS, int GROUP>
+__global__ void __launch_bounds__(THREADS, GROUP > 4 ? 3 : 4) attend_split(kvc_attention a) {
+    using Here = Shape<T, LANES, VECTORS, GROUP>;
+    constexpr int SIZE = Vector<T>::SIZE, WIDTH = Here::WIDTH;
+    constexpr int TEAMS = Here::TEAMS, AHEAD = Here::AHEAD, STAGES = Here::STAGES;
+    __shared__ typename Here::Shared shared;
 
     const int64_t sequence = blockIdx.x;
     const int split = blockIdx.y;
@@ -72,29 +86,54 @@ __global__ void __launch_bounds__(THREADS) attend_split(kvc_attention a) {
         }
     }
 
-    for (int first = span.begin; first < span.end; first += TEAMS * AHEAD) {
-        Vector<T> key[AHEAD][VECTORS], value[AHEAD][VECTORS];
-        bool held[AHEAD];
+    const auto token_of = [&](int step, int u) {
+        return span.begin + (step * AHEAD + u) * TEAMS + team;
+    };
+    int32_t pages[AHEAD];  // of the step that is fetched next
+    const auto look_up = [&](int step) {
 #pragma unroll
         for (int u = 0; u < AHEAD; ++u) {
-            const int token = first + u * TEAMS + team;
-            held[u] = token < span.end;
-            const int64_t page = held[u] ? table[token >> page_shift] : 0;
-            const int64_t offset = token & (a.page_tokens - 1);
+            const int token = token_of(step, u);
+            pages[u] = token < span.end ? table[token >> page_shift] : 0;
+        }
+    };
+    const auto fetch = [&](int step) {
+#pragma unroll
+        for (int u = 0; u < AHEAD; ++u) {
+            const int token = token_of(step, u);
+            const int64_t page = pages[u], offset = token & (a.page_tokens - 1);
             const T* const key_row = static_cast<const T*>(a.keys) + page * a.key_page_stride +
                                      offset * a.key_token_stride;
             const T* const value_row = static_cast<const T*>(a.values) +
                                        page * a.value_page_stride + offset * a.value_token_stride;
+            auto& room = shared.steps[step % STAGES][u];
 #pragma unroll
             for (int v = 0; v < VECTORS; ++v) {
                 const int at = (v * LANES + lane) * SIZE;
-                const bool real = held[u] && at < a.head_size;
-                key[u][v].whole = uint4{0, 0, 0, 0};
-                value[u][v].whole = uint4{0, 0, 0, 0};
-                if (real) {
-                    key[u][v].whole = __ldg(reinterpret_cast<const uint4*>(key_row + at));
-                    value[u][v].whole = __ldg(reinterpret_cast<const uint4*>(value_row + at));
-                }
+                const bool real = token < span.end && at < a.head_size;
+                copy_async(&room[0][v][threadIdx.x], key_row + at, real);
+                copy_async(&room[1][v][threadIdx.x], value_row + at, real);
+            }
+        }
+        commit_async();
+        look_up(step + 1);
+    };
+
+    const int steps = (span.end - span.begin + TEAMS * AHEAD - 1) / (TEAMS * AHEAD);
+    look_up(0);
+    for (int step = 0; step < STAGES - 1; ++step) fetch(step);
+    for (int step = 0; step < steps; ++step) {
+        fetch(step + STAGES - 1);
+        wait_async<STAGES - 1>();
+        Vector<T> key[AHEAD][VECTORS], value[AHEAD][VECTORS];
+        bool held[AHEAD];
+#pragma unroll
+        for (int u = 0; u < AHEAD; ++u) {
+            held[u] = token_of(step, u) < span.end;
+#pragma unroll
+            for (int v = 0; v < VECTORS; ++v) {
+                key[u][v].whole = shared.steps[step % STAGES][u][0][v][threadIdx.x];
+                value[u][v].whole = shared.steps[step % STAGES][u][1][v][threadIdx.x];
             }
         }
 #pragma unroll
@@ -131,25 +170,28 @@ __global__ void __launch_bounds__(THREADS) attend_split(kvc_attention a) {
         }
     }
 
+    wait_async<0>();
+    __syncthreads();
+    auto& teams = shared.teams;
 #pragma unroll
     for (int g = 0; g < GROUP; ++g) {
         if (lane == 0) {
-            team_peak[team][g] = peak[g];
-            team_total[team][g] = total[g];
+            teams.peak[team][g] = peak[g];
+            teams.total[team][g] = total[g];
         }
 #pragma unroll
         for (int i = 0; i < WIDTH; ++i)
-            team_mixed[team][g][(i / SIZE * LANES + lane) * SIZE + i % SIZE] = mixed[g][i];
+            teams.mixed[team][g][(i / SIZE * LANES + lane) * SIZE + i % SIZE] = mixed[g][i];
     }
     __syncthreads();
     for (int item = threadIdx.x; item < a.group * a.head_size; item += THREADS) {
         const int head = item / a.head_size, at = item % a.head_size;
         float top = -INFINITY, sum = 0.0f, result = 0.0f;
-        for (int t = 0; t < TEAMS; ++t) top = fmaxf(top, team_peak[t][head]);
+        for (int t = 0; t < TEAMS; ++t) top = fmaxf(top, teams.peak[t][head]);
         for (int t = 0; t < TEAMS; ++t) {
-            const float share = faded(team_peak[t][head], top);
-            sum += share * team_total[t][head];
-            result += share * team_mixed[t][head][at];
+            const float share = faded(teams.peak[t][head], top);
+            sum += share * teams.total[t][head];
+            result += share * teams.mixed[t][head][at];
         }
         if (a.splits == 1) {
             narrow(result / sum, out + head * a.out_head_stride + at);
@@ -172,12 +214,13 @@ __global__ void __launch_bounds__(THREADS) join_splits(kvc_attention a) {
     T* const out = static_cast<T*>(a.out) + sequence * a.out_stride + head * a.out_head_stride;
     for (int at = threadIdx.x; at < a.head_size; at += THREADS) {
         float sum = 0.0f, result = 0.0f;
+#pragma unroll 8
         for (int split = 0; split < a.splits; ++split) {
             const float weight = a.weights[split * rows + row];
-            if (weight == -INFINITY) continue;  // nothing was written there
-            const float share = exp2f(weight - top);
+            const bool written = weight != -INFINITY;
+            const float share = written ? exp2f(weight - top) : 0.0f;
             sum += share;
-            result += share * a.partial[(split * rows + row) * a.head_size + at];
+            result += written ? share * a.partial[(split * rows + row) * a.head_size + at] : 0.0f;
         }
         narrow(sum > 0.0f ? result / sum : 0.0f, out + at);
     }

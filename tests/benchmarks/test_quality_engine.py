@@ -4,26 +4,19 @@ import json
 import os
 import re
 import signal
-import socket
-import subprocess
-import sys
-import time
-from contextlib import suppress
 from pathlib import Path
 from random import Random
-from types import SimpleNamespace
 
-import httpx
 import pytest
 from typer.testing import CliRunner
 
 import vllm_kvcompress
 from vllm_kvcompress.bench.quality import demo
+from vllm_kvcompress.bench.vllm_server import VllmServer
 from vllm_kvcompress.cli import app
 
 pytestmark = pytest.mark.engine
 MODEL = Path(vllm_kvcompress.__file__).parent / "demo_model"
-START_S = 240
 FORGETFUL = """
 from dataclasses import dataclass
 
@@ -91,35 +84,11 @@ def test_the_same_seed_gives_the_same_table_and_the_worst_policy_is_caught(tmp_p
 
 
 @pytest.fixture(scope="module")
-def server(tmp_path_factory):
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    command = [str(Path(sys.executable).with_name("vllm")), "serve", str(MODEL), "--kv-compress"]
-    command += ["--port", str(port), "--dtype", "float32", "--enforce-eager"]
-    log = tmp_path_factory.mktemp("served") / "server.log"
-    with log.open("wb") as out:
-        process = subprocess.Popen(
-            command, stdout=out, stderr=subprocess.STDOUT, start_new_session=True
-        )
-    try:
-        for _ in range(2 * START_S):
-            assert process.poll() is None, log.read_text()[-3000:]
-            try:
-                if httpx.get(f"http://127.0.0.1:{port}/health").is_success:
-                    break
-            except httpx.TransportError:
-                time.sleep(0.5)
-        yield SimpleNamespace(url=f"http://127.0.0.1:{port}", process=process)
-    finally:
-        end(process)
-
-
-def end(process) -> None:
-    """The server with its engine, which outlives a parent that is killed."""
-    with suppress(ProcessLookupError):
-        os.killpg(process.pid, signal.SIGKILL)
-    process.wait()
+def server():
+    arguments = [str(MODEL), "--kv-compress", "--dtype", "float32", "--enforce-eager"]
+    with VllmServer("server", arguments, {}) as server:
+        server.resume()
+        yield server
 
 
 def test_a_server_answers_as_an_engine_in_process_does(server, tmp_path):
@@ -164,7 +133,8 @@ def test_a_file_without_a_prompt_is_refused_in_one_line(tmp_path):
 
 
 def test_a_server_that_has_died_is_told_in_one_line(server, tmp_path):
-    end(server.process)
+    os.killpg(server._process.pid, signal.SIGKILL)
+    server._process.wait()
     given = ["bench", "quality", "--url", server.url, "--json", str(tmp_path / "dead.json")]
     result = CliRunner().invoke(app, given)
     assert result.exit_code == 2

@@ -89,13 +89,15 @@ def test_a_server_that_never_answers_is_given_up(monkeypatch):
         pass
 
 
-def test_a_port_in_use_is_one_clear_line():
+def test_a_port_that_cannot_be_had_is_one_clear_line():
     with socket.socket() as taken:
         taken.bind((vllm_server.HOST, 0))
         taken.listen()
         port = taken.getsockname()[1]
         with pytest.raises(SystemExit, match=f"port {port} cannot be used: Address already in use"):
             free_port(port)
+    with pytest.raises(SystemExit, match=r"port 99999 cannot be used: .*0-65535"):
+        free_port(99999)
 
 
 def test_the_cause_is_told_not_what_follows_from_it():

@@ -6,14 +6,22 @@ wrong element is seen as well.
 """
 
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Container, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
 from typing import Any
 
 import torch
-from engine.engines import BLOCK, DEMO_MODEL, Answer, compressor_of
+from engine.engines import (
+    BLOCK,
+    DEMO_MODEL,
+    Answer,
+    answers,
+    compressor_of,
+    scheduler_of,
+    steps,
+)
 from torch import Tensor
 from transformers import AttentionInterface, AutoModelForCausalLM
 
@@ -129,6 +137,36 @@ class Watch:
             keys.append([pool.keys(p)[0].clone() for p in pages])
             values.append([pool.values(p)[0].clone() for p in pages])
         return Arena(point, tail_start, keys, values)
+
+
+def watched(
+    llm: Any,
+    requests: list[tuple[list[int], Any]],
+    preempt_at: Container[int] = (),
+    arrive_every: int | None = None,
+) -> list[tuple[Answer, list[Arena]]]:
+    """Put `(prompt, params)` pairs; each one's answer and the arenas it went through.
+
+    preempt_at: the steps after which all that runs is preempted.
+    arrive_every: steps between two arrivals; None: all come at once.
+    """
+    watch, done, waiting = Watch(llm), {}, list(enumerate(requests))
+
+    def arrive(count: int) -> None:
+        for i, (ids, params) in waiting[:count]:
+            llm.llm_engine.add_request(f"q{i}", {"prompt_token_ids": ids}, params)
+        del waiting[:count]
+
+    arrive(1 if arrive_every else len(requests))
+    for step, finished in enumerate(steps(llm, watch), start=1):
+        if step in preempt_at:
+            scheduler_of(llm).reset_prefix_cache(reset_running_requests=True)
+        if arrive_every and step % arrive_every == 0:
+            arrive(1)
+        done.update({output.request_id.split("-")[0]: output for output in finished})
+    assert not waiting
+    names = [f"q{i}" for i in range(len(requests))]
+    return list(zip(answers([done[n] for n in names]), map(watch.of, names), strict=True))
 
 
 def recover(arena: Arena, keys: Tensor, values: Tensor) -> list[list[list[int]]]:

@@ -8,6 +8,7 @@ from random import Random
 
 import pytest
 from engine import dense
+from engine.dense import watched
 from engine.engines import (
     BLOCK,
     answers,
@@ -29,19 +30,6 @@ pytestmark = pytest.mark.engine
 LENGTHS = [20, 31, 32, 33, 64, 65, 320, 321, 500, 735]
 PRESET = shipped_presets()["kv-compress"]
 PRESETS = "kv-compress-paper snapkv adakv pyramidkv windowkv streaming-llm keydiff random".split()
-
-
-def watched(llm, requests, preempt_every=None):
-    """Put `(prompt, params)` pairs at once; each one's answer and the arenas it went through."""
-    watch, done = dense.Watch(llm), {}
-    for i, (ids, params) in enumerate(requests):
-        llm.llm_engine.add_request(f"q{i}", {"prompt_token_ids": ids}, params)
-    for step, finished in enumerate(steps(llm, watch), start=1):
-        if preempt_every and step % preempt_every == 0:
-            scheduler_of(llm).reset_prefix_cache(reset_running_requests=True)
-        done.update({output.request_id.split("-")[0]: output for output in finished})
-    names = [f"q{i}" for i in range(len(requests))]
-    return list(zip(answers([done[n] for n in names]), map(watch.of, names), strict=True))
 
 
 def kept_tokens(arena):
@@ -135,7 +123,7 @@ def test_preempted_and_resumed_requests_still_attend_to_what_they_kept():
         for i in range(7)
     ]
     with counted(scheduler_of(llm), "_preempt_request") as preempted:
-        results = watched(llm, requests, preempt_every=90)
+        results = watched(llm, requests, preempt_at=range(90, 20_000, 90))
     assert len(preempted) >= 5, f"only {len(preempted)} preemptions"
     again = [arenas for _, arenas in results if len(arenas) > 1]
     assert again, "no request was compressed twice"
@@ -144,8 +132,10 @@ def test_preempted_and_resumed_requests_still_attend_to_what_they_kept():
     assert_all_free(llm, initial)
 
 
-@pytest.mark.parametrize("preempt_every", [None, 37], ids=["undisturbed", "preempted"])
-def test_continual_compression_attends_to_what_every_recompression_kept(preempt_every):
+@pytest.mark.parametrize(
+    "preempt_at", [(), range(37, 20_000, 37)], ids=["undisturbed", "preempted"]
+)
+def test_continual_compression_attends_to_what_every_recompression_kept(preempt_at):
     llm = engine(
         {"preset": "kv-compress-continual", "rate": 4, "continual_slack_blocks": 2}, step_tokens=256
     )
@@ -154,8 +144,8 @@ def test_continual_compression_attends_to_what_every_recompression_kept(preempt_
     requests = [(prompt(rng, n), greedy(200)) for n in (20, 300, 352)]
     recompressed = 0
     with counted(scheduler_of(llm), "_preempt_request") as preempted:
-        results = watched(llm, requests, preempt_every)
-    assert len(preempted) >= 3 or not preempt_every, f"only {len(preempted)} preemptions"
+        results = watched(llm, requests, preempt_at)
+    assert len(preempted) >= 3 or not preempt_at, f"only {len(preempted)} preemptions"
     for answer, arenas in results:
         points = sorted({arena.point for arena in arenas})
         first = len(answer.prompt) // BLOCK

@@ -8,9 +8,9 @@ from random import Random
 import pytest
 import torch
 from engine import dense
+from engine.dense import watched
 from engine.engines import (
     BLOCK,
-    answers,
     ask,
     assert_all_free,
     assert_same_words,
@@ -46,27 +46,6 @@ def selected_tokens(n, rate=0.2):
     """How many of n tokens go on: those asked for, in whole blocks, and the tail."""
     tail = n % BLOCK
     return max(1, -(-(int(n * rate) - tail) // BLOCK)) * BLOCK + tail
-
-
-def watched(llm, requests, preempt_at=(), arrive_every=None):
-    """Put `(prompt, params)` pairs; each one's answer and what it held in its pages."""
-    watch, done, waiting = dense.Watch(llm), {}, list(enumerate(requests))
-
-    def arrive(count):
-        for i, (ids, params) in waiting[:count]:
-            llm.llm_engine.add_request(f"q{i}", {"prompt_token_ids": ids}, params)
-        del waiting[:count]
-
-    arrive(1 if arrive_every else len(requests))
-    for step, finished in enumerate(steps(llm, watch), start=1):
-        if step in preempt_at:
-            scheduler_of(llm).reset_prefix_cache(reset_running_requests=True)
-        if arrive_every and step % arrive_every == 0:
-            arrive(1)
-        done.update({output.request_id.split("-")[0]: output for output in finished})
-    assert not waiting
-    names = [f"q{i}" for i in range(len(requests))]
-    return list(zip(answers([done[n] for n in names]), map(watch.of, names), strict=True))
 
 
 def assert_as_dense(answer, arenas, layer=LAYER, window=WINDOW):

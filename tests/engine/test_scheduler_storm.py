@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 
 from vllm_kvcompress import accounting
 
+pytestmark = pytest.mark.slow
 CONTINUAL = {"preset": "kv-compress-continual", "rate": 8, "continual_slack_blocks": 1}
 PROTECTING = {"preset": "kv-compress", "rate": 3, "sink_tokens": 20, "recent_tokens": 30}
 

@@ -90,6 +90,15 @@ def test_where_there_is_no_library_triton_does_it(pool):
         load_cuda("cuda")
 
 
+def test_a_library_that_does_not_load_is_none(tmp_path, monkeypatch):
+    broken = tmp_path / "broken.so"
+    broken.write_text("no library")
+    monkeypatch.setattr(page_kernels, "cuda_library", lambda: broken)
+    assert load_cuda("auto") is None
+    with pytest.raises(ValueError, match=r"kernels=cuda: .*broken.so cannot be loaded"):
+        load_cuda("cuda")
+
+
 @pytest.mark.parametrize("wrong", ["attention", "compaction"])
 def test_kernels_that_do_not_agree_with_their_references_are_out(
     cuda_on_host, pool, wrong, monkeypatch, caplog

@@ -18,7 +18,7 @@
 #define __device__
 #define __host__
 #define __forceinline__ inline
-#define __launch_bounds__(threads)
+#define __launch_bounds__(...)
 #define __shared__ static
 
 using std::max;
@@ -41,6 +41,12 @@ namespace host {
 
 enum Place { RUNNING, BARRIER, SHUFFLE, RETURNED };
 
+struct Copy {
+    void* to;
+    const void* from;
+    bool real;
+};
+
 struct Block {
     static constexpr size_t STACK_BYTES = 1 << 16;
     std::vector<ucontext_t> fibers;
@@ -48,6 +54,7 @@ struct Block {
     std::vector<Place> places;
     std::vector<uint64_t> given[2];  // what each fiber gives to a shuffle: this one's and the next
     std::vector<int> turn;
+    std::vector<std::vector<std::vector<Copy>>> copies;  // each fiber's groups, the open one last
     ucontext_t scheduler;
     std::function<void()> body;
 };
@@ -71,6 +78,7 @@ inline int run_block(int threads) {
     block.stacks.resize(threads * Block::STACK_BYTES);
     block.places.assign(threads, RUNNING);
     block.turn.assign(threads, 0);
+    block.copies.assign(threads, {{}});
     for (auto& given : block.given) given.assign(threads, ~uint64_t(0));
     for (int i = 0; i < threads; ++i) {
         getcontext(&block.fibers[i]);
@@ -169,6 +177,25 @@ T __reduce_max_sync(uint32_t, T mine) {
     for (unsigned lane = 0; lane < host::WARP; ++lane)
         mine = max(mine, host::taken<T>(given, lane));
     return mine;
+}
+
+// Background copies happen as late as they may: when somebody waits for them.
+inline void copy_async(void* to, const void* from, bool real) {
+    host::block.copies[threadIdx.x].back().push_back({to, from, real});
+}
+
+inline void commit_async() { host::block.copies[threadIdx.x].emplace_back(); }
+
+template <int LATER>
+void wait_async() {
+    auto& groups = host::block.copies[threadIdx.x];
+    while (groups.size() > LATER + 1) {
+        for (const auto& copy : groups.front()) {
+            if (copy.real) std::memcpy(copy.to, copy.from, 16);
+            else std::memset(copy.to, 0, 16);
+        }
+        groups.erase(groups.begin());
+    }
 }
 
 inline int atomicAdd(int* sum, int more) {  // fibers run one after another

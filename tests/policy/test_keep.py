@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from policy.samples import observation
 from torch import Tensor
@@ -68,6 +68,7 @@ def test_any_scores_leave_the_accounting_whole(request_, allocator) -> None:
     assert torch.equal(scores.nan_to_num(), before.nan_to_num()), "the caller's scores changed"
 
 
+@settings(deadline=None)
 @given(requests(), st.sampled_from(ALLOCATORS))
 def test_each_head_keeps_its_best_tokens_and_of_equals_the_earlier(request_, allocator) -> None:
     scores, total, page_tokens, sinks, recent, valid = request_
@@ -171,6 +172,16 @@ def test_an_allocator_that_breaks_its_contract_is_found_out() -> None:
 
     with pytest.raises(RuntimeError, match="Generous allocated 8 pages, not 4"):
         policy(Generous()).keep(torch.zeros(2, 2, 32), 4, 8, 0, 0)
+
+
+def test_a_selector_that_breaks_its_contract_is_found_out() -> None:
+    class Stingy(TopKSelector):
+        def select(self, *task):
+            return super().select(*task)[1:]
+
+    stingy = Policy(AttentionScorer(), UniformAllocator(), Stingy())
+    with pytest.raises(RuntimeError, match="Stingy kept 31 tokens, not 4 pages of 8"):
+        stingy.keep(torch.zeros(2, 2, 32), 4, 8, 0, 0)
 
 
 def test_bf16_and_non_contiguous_inputs_are_fine() -> None:

@@ -6,10 +6,10 @@ import pytest
 import torch
 
 from vllm_kvcompress.bench import policy_sweep
+from vllm_kvcompress.bench.policy_reader import Reader
 from vllm_kvcompress.bench.policy_sweep import (
     ABLATIONS,
     TASKS,
-    Reader,
     ablations,
     kept_tokens,
     make_cases,

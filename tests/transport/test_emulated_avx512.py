@@ -19,6 +19,7 @@ SIMDE = Path("/usr/include/simde/x86/avx512.h")
 pytestmark = [
     pytest.mark.skipif(not SIMDE.exists(), reason="no SIMDe here: apt-get install libsimde-dev"),
     pytest.mark.skipif(not shutil.which("g++"), reason="no g++ here"),
+    pytest.mark.slow,
     pytest.mark.timeout(900),  # it compiles
 ]
 

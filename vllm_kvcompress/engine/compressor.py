@@ -291,12 +291,12 @@ class Compressor:
         request.window = request.selected = None
 
     def _copy(self, candidates: Tensor, tokens: int, kept: Tensor, arena_blocks: Tensor) -> None:
-        """Copy kept tokens, int64 indices into `[L, H, tokens]`, into the arena."""
+        """Copy kept tokens, indices into `[L, H, tokens]` of whole pages, into the arena."""
         pool = self.pool
-        lane, token = kept // tokens, kept % tokens
-        pages = candidates.flatten(0, 1)[lane, token // pool.page_tokens]
-        sources = pages * pool.page_tokens + token % pool.page_tokens
-        pool.copy_tokens(sources, pool.block_pages(arena_blocks))
+        full_pages = candidates[..., : tokens // pool.page_tokens].flatten()
+        page = kept // pool.page_tokens
+        offsets = kept - page * pool.page_tokens
+        pool.copy_tokens(full_pages[page], offsets, pool.block_pages(arena_blocks))
 
     def _candidates(self, due: _Due, request: _Request, natural: list[int]) -> Candidates:
         pool = self.pool

@@ -49,7 +49,7 @@ def load_cuda(asked: KernelsName) -> CudaPages | None:
     """CUDA's kernels, unless Triton's are asked for; building them takes a minute, once.
 
     Raises:
-        ValueError: they are asked for, and there are none.
+        ValueError: they are asked for, and there are none, or none that load.
     """
     library = cuda_library() if asked != "triton" else None
     if library is None and asked == "cuda":
@@ -57,7 +57,17 @@ def load_cuda(asked: KernelsName) -> CudaPages | None:
             "kernels=cuda: there is no library of the CUDA kernels for this GPU: try "
             "`vllm-kvcompress build-cuda`, or leave kernels out"
         )
-    return CudaPages(library) if library else None
+    try:
+        return CudaPages(library) if library else None
+    except OSError as error:
+        _without_cuda(asked, f"{library} cannot be loaded: {error}")
+        return None
+
+
+def _without_cuda(asked: KernelsName, why: str) -> None:
+    if asked == "cuda":
+        raise ValueError(f"kernels=cuda: {why}; leave kernels out")
+    logger.warning("kv-compress: no CUDA kernels, Triton's instead: %s", why)
 
 
 def choose(
@@ -80,9 +90,7 @@ def choose(
     if cuda is None:
         return PageKernels()
     if fault := _fault(cuda, pool, group):
-        if asked == "cuda":
-            raise ValueError(f"kernels=cuda: {fault}; leave kernels out")
-        logger.warning("kv-compress: no CUDA kernels, Triton's instead: %s", fault)
+        _without_cuda(asked, fault)
         return PageKernels()
     if asked == "cuda":
         return PageKernels(cuda.attend_pages, cuda.compact)

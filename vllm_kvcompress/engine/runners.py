@@ -151,12 +151,16 @@ def _with(seconds: list[float], output: KVConnectorOutput | None) -> KVConnector
 
 @contextmanager
 def _dispatching(owner: Any, dispatch: Any) -> Iterator[None]:
-    original = owner.dispatch
+    """`owner.dispatch` is this one inside. Such blocks may stand in each other."""
+    outer = vars(owner).get("dispatch")
     owner.dispatch = dispatch
     try:
         yield
     finally:
-        owner.dispatch = original
+        if outer is None:
+            del owner.dispatch
+        else:
+            owner.dispatch = outer
 
 
 def runner_of(runner: Any) -> Runner:

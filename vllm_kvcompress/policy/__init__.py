@@ -11,6 +11,7 @@ from vllm_kvcompress.policy import (
 from vllm_kvcompress.policy.interfaces import Allocator, Propagator, Scorer, Selector
 from vllm_kvcompress.policy.observation import Observation
 from vllm_kvcompress.policy.policy import Kept, Policy
+from vllm_kvcompress.policy.ranking import MarkedScores
 from vllm_kvcompress.policy.registry import (
     build,
     register_allocator,
@@ -32,6 +33,7 @@ __all__ = [
     "BUILT_IN",
     "Allocator",
     "Kept",
+    "MarkedScores",
     "Observation",
     "Policy",
     "Propagator",

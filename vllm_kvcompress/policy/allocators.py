@@ -174,13 +174,12 @@ class GlobalAllocator(Allocator):
         min_pages: int,
         max_pages: Tensor,
     ) -> Tensor:
-        prices = (
-            page_prices(scores.ascending, page_tokens).flatten(0, 1).unsqueeze(0)
-        )  # [1, L*H, P]
+        prices = page_prices(scores.ascending, page_tokens)
         most = max_pages.view(1, -1)
         totals = torch.full((1,), total_pages, device=most.device)
         least = torch.full_like(most, min_pages)
-        return deal_best_pages(prices, totals, least, most).view_as(max_pages)
+        rivals = prices.flatten(0, 1).unsqueeze(0)  # [1, L*H, P]
+        return deal_best_pages(rivals, totals, least, most).view_as(max_pages)
 
 
 def _in_proportion(

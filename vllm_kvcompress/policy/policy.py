@@ -68,7 +68,9 @@ class Policy:
             sinks, recent: protected tokens per head.
             valid: `[L, H, n]` bool, False for padding.
 
-        Raises: on a CPU; a GPU would have to be waited for.
+        What would have to wait for a GPU is checked on a CPU only.
+
+        Raises:
             ValueError: `total_pages` cannot be met: too few for the protected tokens, or more
                 than the candidates fill.
             RuntimeError: an allocator or selector broke its contract.
@@ -79,15 +81,21 @@ class Policy:
             max_pages = torch.full((layers, heads), n // page_tokens, device=scores.device)
         else:
             max_pages = valid.sum(dim=-1) // page_tokens
-        if scores.device.type == "cpu":
+        host = scores.device.type == "cpu"
+        if host:
             _check_total(total_pages, page_tokens, min_pages, max_pages)
         marked = MarkedScores(_mark(scores, sinks, recent, valid))
         pages = self.allocator.allocate(marked, total_pages, page_tokens, min_pages, max_pages)
-        indices = self.selector.select(marked, pages, total_pages, page_tokens)
-        if scores.device.type == "cpu" and int(pages.sum()) != total_pages:
+        if host and int(pages.sum()) != total_pages:
             raise RuntimeError(
                 f"{type(self.allocator).__name__} allocated {int(pages.sum())} pages, "
                 f"not {total_pages}"
+            )
+        indices = self.selector.select(marked, pages, total_pages, page_tokens)
+        if len(indices) != total_pages * page_tokens:
+            raise RuntimeError(
+                f"{type(self.selector).__name__} kept {len(indices)} tokens, not {total_pages} "
+                f"pages of {page_tokens}"
             )
         return Kept(pages, indices)
 

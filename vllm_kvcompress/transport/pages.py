@@ -1,6 +1,7 @@
 """Chunks out of and into vLLM's paged cache, on whichever device it is."""
 
 from collections.abc import Callable, Sequence
+from functools import cached_property
 from itertools import pairwise
 
 import torch
@@ -30,7 +31,6 @@ class CachePages:
         self.block_bytes = len(layers) * first[0].numel() * first.element_size()
         on_cpu = self.device.type == "cpu"  # calls cost nothing there, and caches are small
         self._parts = [layer[:, None] for layer in layers] if on_cpu else together(self.layers)
-        self._packing: tuple[bool, Tensor] | None = None
 
     def shape(self, blocks: int) -> tuple[int, int, int, int]:
         """Of so many blocks' tokens: `[layers, 2, tokens, heads * head size]`."""
@@ -42,12 +42,11 @@ class CachePages:
         out = torch.empty(self.shape(len(blocks)), dtype=self.layers[0].dtype, device=self.device)
         for part, target in zip(self._parts, self._by_token(out, len(blocks)), strict=True):
             pages = part[blocks]  # [n, l, H, B, 2*D]
-            by_token, where = self._where()
-            if by_token:
+            if self._where is None:
                 content = pages.unflatten(-1, (2, self.head_size)).transpose(3, 4)
             else:
                 size = 2, self.block_tokens, self.head_size
-                content = pages.flatten(3)[..., where].unflatten(-1, size)
+                content = pages.flatten(3)[..., self._where].unflatten(-1, size)
             target.copy_(content.permute(1, 3, 0, 4, 2, 5))
         return out
 
@@ -56,12 +55,11 @@ class CachePages:
         blocks = self._ids(block_ids)
         for part, source in zip(self._parts, self._by_token(kv, len(blocks)), strict=True):
             content = source.permute(2, 0, 4, 1, 3, 5)  # [n, l, H, 2, B, D]
-            by_token, where = self._where()
-            if by_token:
+            if self._where is None:
                 pages = content.transpose(3, 4).reshape(len(blocks), *part.shape[1:])
             else:
                 pages = torch.empty((len(blocks), *part.shape[1:]), dtype=part.dtype)
-                pages.flatten(3)[..., where] = content.flatten(3)
+                pages.flatten(3)[..., self._where] = content.flatten(3)
             part[blocks] = pages
 
     def _by_token(self, kv: Tensor, blocks: int) -> tuple[Tensor, ...]:
@@ -73,15 +71,14 @@ class CachePages:
     def _ids(self, block_ids: Sequence[int]) -> Tensor:
         return async_tensor_h2d(list(block_ids), device=self.device, dtype=torch.int64)
 
-    def _where(self) -> tuple[bool, Tensor]:
-        """Whether pages are packed token by token, and int64 `[2*B*D]`: where K and V stand."""
-        if self._packing is None:
-            found = self._page_format()
-            plain = PageFormat.by_token(self.block_tokens, self.head_size)
-            same = torch.equal(found.keys, plain.keys) and torch.equal(found.values, plain.values)
-            where = torch.cat([found.keys.flatten(), found.values.flatten()])
-            self._packing = same, where.to(self.device)
-        return self._packing
+    @cached_property
+    def _where(self) -> Tensor | None:
+        """int64 `[2*B*D]`: where K and V stand; None where they come token by token."""
+        found = self._page_format()
+        plain = PageFormat.by_token(self.block_tokens, self.head_size)
+        if torch.equal(found.keys, plain.keys) and torch.equal(found.values, plain.values):
+            return None
+        return torch.cat([found.keys.flatten(), found.values.flatten()]).to(self.device)
 
 
 def together(layers: list[Tensor]) -> list[Tensor]:

@@ -1,0 +1,23 @@
+"""What no measurement can begin with is told before it begins."""
+
+import pytest
+from typer.testing import CliRunner
+
+from vllm_kvcompress.cli import app
+
+
+@pytest.mark.parametrize(
+    ("given", "says"),
+    [
+        ("tune tsp-layer --dtype half", "'half' is none of auto, float32, bfloat16, float16"),
+        ("bench throughput --dtype nope", "'nope' is none of auto"),
+        ("bench quality --block-tokens 0", "greater than or equal to 1"),
+        ("bench prefill --threads -1", "greater than or equal to 0"),
+        ("bench codec --model ./nowhere", "./nowhere"),
+        ("bench stream --url nonsense", "no figures of a store from nonsense"),
+    ],
+)
+def test_a_wrong_value_is_told_in_one_message(given, says) -> None:
+    done = CliRunner().invoke(app, given.split(), env={"COLUMNS": "200"})
+    assert done.exit_code == 2, done.output
+    assert says in done.output and "Traceback" not in done.output
