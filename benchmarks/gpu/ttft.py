@@ -66,7 +66,7 @@ def ttft(scale: Scale | None = None) -> dict[str, Any]:
     """
     if scale is None:
         need_gpu()
-        scale = SMALL if REHEARSAL else ON_GPU
+        scale = replace(SMALL, dtype=ON_GPU.dtype) if REHEARSAL else ON_GPU
     longest = scale.spec("", None).max_model_len
     with scale.decoder.folder(longest) as model:
         seconds = _first_tokens(scale, model, None, {PLAIN: {}})
