@@ -14,14 +14,14 @@ PYTHON ?= $(shell for p in python3 python3.12 python3.13 python3.11 python3.14; 
 	&& echo $$p && break; done)
 
 INSTALLED := $(VENV)/.installed
-PURE_ROOMS := $(wildcard $(addprefix vllm_kvcompress/,policy accounting.py config.py presets.py))
+PURE_ROOMS := $(wildcard $(addprefix vllm_kvcompress/,policy accounting.py config.py knobs.py presets.py))
 
 help:
 	@echo "make install   $(VENV)/ with vLLM 0.32 and this project, for the CPU or GPU found here"
 	@echo "make serve     install, then serve MODEL (the shipped demo model) with --kv-compress on PORT (8000)"
 	@echo "make bench     install, then measure the demo model and show all of it in $(RESULTS)/index.html"
 	@echo "make test      install, then run the tests; ARGS go to pytest"
-	@echo "make lint      install, then ruff, and mypy on the pure rooms"
+	@echo "make lint      install, then ruff's rules and format, and mypy on the pure rooms"
 	@echo "make clean     remove caches and build results; $(VENV)/ stays"
 
 install: $(INSTALLED)
@@ -74,6 +74,7 @@ test: install
 
 lint: install
 	$(VENV)/bin/ruff check .
+	$(VENV)/bin/ruff format --check --quiet .
 	$(VENV)/bin/mypy $(PURE_ROOMS)
 
 clean:

@@ -27,7 +27,7 @@ from vllm_kvcompress.bench.attention_step import (
 from vllm_kvcompress.bench.charts import COLOURS, PLAIN_COLOUR, log_y, panels, save
 from vllm_kvcompress.bench.engine import BLOCK_TOKENS, prepare
 from vllm_kvcompress.bench.harness import Summary, Verdict, cpu_model, paired_ratio, write_report
-from vllm_kvcompress.bench.options import ListCommand
+from vllm_kvcompress.bench.options import ListCommand, Threads
 from vllm_kvcompress.bench.progress import progress_bar
 from vllm_kvcompress.bench.table import Table
 
@@ -183,7 +183,7 @@ def main(
     memory_gib: Annotated[
         float, typer.Option(help="Points whose cache is larger are left out.", min=0.01)
     ] = 4,
-    threads: Annotated[int, typer.Option(help="OpenMP threads; 0 for all cores.", min=0)] = 0,
+    threads: Threads = 0,
     seed: Annotated[int, typer.Option(help="Of keys, values, blocks and pages.")] = 0,
     json: Annotated[Path, typer.Option(help="The report; the plot goes beside it.")] = Path(
         "results/attention.json"

@@ -1,4 +1,4 @@
-"""`--rates 1 8` beside `--rates 1 --rates 8`: lists as people type them."""
+"""Options that several commands have, and lists as people type them: `--rates 1 8`."""
 
 from collections.abc import Iterable, Sequence
 from typing import Annotated
@@ -13,6 +13,19 @@ def _in_heads_of_64(hidden: int) -> int:
     return hidden
 
 
+def _known_dtype(dtype: str) -> str:
+    if dtype and dtype not in DTYPES:
+        raise BadParameter(f"{dtype!r} is none of {', '.join(DTYPES)}")
+    return dtype
+
+
+DTYPES = ("auto", "float32", "bfloat16", "float16")
+_AS_VLLMS = f"As vLLM's: {', '.join(DTYPES)}."
+Dtype = Annotated[str, Option(callback=_known_dtype, help=_AS_VLLMS)]
+ModelsDtype = Annotated[
+    str, Option(callback=_known_dtype, help=_AS_VLLMS, show_default="the model's")
+]
+Threads = Annotated[int, Option(min=0, help="OpenMP threads; 0: all cores.")]
 Hidden = Annotated[
     int,
     Option(

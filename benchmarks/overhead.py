@@ -28,6 +28,7 @@ from vllm_kvcompress.bench.engine import (
     scheduler_of,
 )
 from vllm_kvcompress.bench.harness import Summary, Verdict, write_report
+from vllm_kvcompress.bench.options import Dtype, Threads
 from vllm_kvcompress.bench.progress import progress_bar
 
 VLLM, BUILDER, ACCOUNTING = "vLLM", "metadata builder", "accounting"
@@ -212,9 +213,9 @@ def main(
     rounds: Annotated[int, typer.Option(help="Rounds of the decode part.", min=1)] = 5,
     rate: Annotated[float, typer.Option(help="Compression rate.")] = 8,
     preset: Annotated[str, typer.Option(help="Compression preset.")] = "kv-compress",
-    threads: Annotated[int, typer.Option(help="OpenMP threads; 0 for all cores.")] = 0,
+    threads: Threads = 0,
     model: Annotated[str, typer.Option(help="A model folder or name.")] = str(MODEL),
-    dtype: Annotated[str, typer.Option(help="As vLLM's `--dtype`.")] = "float32",
+    dtype: Dtype = "float32",
     load_format: Annotated[str, typer.Option(help="As vLLM's.")] = "auto",
     json: Annotated[Path | None, typer.Option(help="Write the report there.")] = None,
 ) -> None:

@@ -29,7 +29,7 @@ from vllm_kvcompress.bench.crossover import Point
 from vllm_kvcompress.bench.engine import BLOCK_TOKENS, EngineSpec, Workload, environment
 from vllm_kvcompress.bench.flops import Decoder, Prediction, propagates
 from vllm_kvcompress.bench.harness import Summary, Verdict, cpu_model, paired_ratio, write_report
-from vllm_kvcompress.bench.options import Hidden, ListCommand
+from vllm_kvcompress.bench.options import Dtype, Hidden, ListCommand, Threads
 from vllm_kvcompress.bench.overhead import COMPRESSION, PROPAGATION, Step, compression_over_rest
 from vllm_kvcompress.bench.process import LineProcess, ProcessEnded
 from vllm_kvcompress.bench.progress import progress_bar
@@ -258,7 +258,7 @@ def main(
     stopwatches: Annotated[
         int, typer.Option(help="Prompts of every row under stopwatches; 0: none.", min=0)
     ] = 3,
-    threads: Annotated[int, typer.Option(help="OpenMP threads; 0 for all cores.", min=0)] = 0,
+    threads: Threads = 0,
     cpu_time: Annotated[
         bool,
         typer.Option(
@@ -270,7 +270,7 @@ def main(
     ] = None,
     layers: Annotated[int, typer.Option(help="Layers of that Llama.", min=2)] = 8,
     hidden: Hidden = 512,
-    dtype: Annotated[str, typer.Option(help="As vLLM's `--dtype`.")] = "float32",
+    dtype: Dtype = "float32",
     eager: Annotated[
         bool, typer.Option("--eager/--compiled", help="Without or with torch.compile.")
     ] = True,

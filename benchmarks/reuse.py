@@ -22,7 +22,7 @@ from vllm_kvcompress.bench.demo_model.language import many_facts_task
 from vllm_kvcompress.bench.engine import BLOCK_TOKENS, FIRST_WORD, MODEL, environment
 from vllm_kvcompress.bench.flops import Decoder
 from vllm_kvcompress.bench.harness import Summary, Verdict, cpu_model, paired_ratio, write_report
-from vllm_kvcompress.bench.options import Hidden
+from vllm_kvcompress.bench.options import Dtype, Hidden, Threads
 from vllm_kvcompress.bench.progress import progress_bar
 from vllm_kvcompress.bench.table import Table
 from vllm_kvcompress.bench.vllm_server import CannotStart, VllmServer
@@ -224,8 +224,8 @@ def main(
     ] = None,
     chunk_tokens: Annotated[int, typer.Option(help="As the servers'.", min=32)] = 256,
     rounds: Annotated[int, typer.Option(help="Contexts measured.", min=1)] = 5,
-    threads: Annotated[int, typer.Option(help="OpenMP threads; 0 for all cores.", min=0)] = 0,
-    dtype: Annotated[str, typer.Option(help="As vLLM's `--dtype`.")] = "float32",
+    threads: Threads = 0,
+    dtype: Dtype = "float32",
     eager: Annotated[bool, typer.Option(help="Without torch.compile.")] = True,
     seed: Annotated[int, typer.Option(help="Of the contexts.")] = 0,
     json: Annotated[Path, typer.Option(help="The report.")] = Path("results/reuse.json"),

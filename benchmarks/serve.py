@@ -17,7 +17,7 @@ from rich.console import Console
 
 from vllm_kvcompress.bench.engine import BLOCK_TOKENS, MODEL, environment
 from vllm_kvcompress.bench.harness import cpu_model, write_report
-from vllm_kvcompress.bench.options import ListCommand
+from vllm_kvcompress.bench.options import Dtype, ListCommand, Threads
 from vllm_kvcompress.bench.process import ProcessEnded
 from vllm_kvcompress.bench.progress import progress_bar
 from vllm_kvcompress.bench.serve_client import BenchFailed, Load, Run, Target, look, run
@@ -207,11 +207,11 @@ def main(
     rounds: Annotated[int, typer.Option(help="Measured rounds of every row.", min=1)] = 3,
     fp8: Annotated[bool, typer.Option(help="A row with --kv-cache-dtype fp8.")] = True,
     off: Annotated[bool, typer.Option(help="A row with kv-compress on, requests off.")] = True,
-    threads: Annotated[int, typer.Option(help="OpenMP threads; 0 for all cores.", min=0)] = 0,
+    threads: Threads = 0,
     model: Annotated[
         str, typer.Option(help="A model folder or name; with --url the served name.")
     ] = "",
-    dtype: Annotated[str, typer.Option(help="As vLLM's `--dtype`.")] = "float32",
+    dtype: Dtype = "float32",
     eager: Annotated[bool, typer.Option(help="Without torch.compile.")] = False,
     max_seqs: Annotated[int, typer.Option(help="Most requests in a step.", min=1)] = 128,
     batched_tokens: Annotated[int, typer.Option(help="Token budget of a step.", min=32)] = 2048,

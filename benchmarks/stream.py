@@ -20,7 +20,7 @@ from vllm_kvcompress.bench.charts import COLOURS, panels, save
 from vllm_kvcompress.bench.engine import BLOCK_TOKENS, environment
 from vllm_kvcompress.bench.flops import Decoder
 from vllm_kvcompress.bench.harness import Summary, Verdict, cpu_model, write_report
-from vllm_kvcompress.bench.options import Hidden, ListCommand
+from vllm_kvcompress.bench.options import Hidden, ListCommand, Threads
 from vllm_kvcompress.bench.progress import progress_bar
 from vllm_kvcompress.bench.reuse import STATS, Client, contexts
 from vllm_kvcompress.bench.table import Table
@@ -109,7 +109,7 @@ def main(
     layers: Annotated[int, typer.Option(help="Layers of the random weights.", min=2)] = 8,
     hidden: Hidden = 768,
     context_tokens: Annotated[int, typer.Option(help="Tokens of the context.", min=512)] = 4096,
-    threads: Annotated[int, typer.Option(help="OpenMP threads; 0 for all cores.", min=0)] = 0,
+    threads: Threads = 0,
     json: Annotated[Path, typer.Option(help="The report; the picture goes beside it.")] = Path(
         "results/stream.json"
     ),

@@ -19,7 +19,7 @@ from vllm_kvcompress.bench.child import COMMAND, Child
 from vllm_kvcompress.bench.crossover import Point
 from vllm_kvcompress.bench.engine import BLOCK_TOKENS, MODEL, EngineSpec, Round, Workload
 from vllm_kvcompress.bench.harness import Summary, cpu_model, write_report
-from vllm_kvcompress.bench.options import ListCommand
+from vllm_kvcompress.bench.options import Dtype, ListCommand, Threads
 from vllm_kvcompress.bench.process import ProcessEnded
 from vllm_kvcompress.bench.progress import progress_bar
 from vllm_kvcompress.bench.promises import FIGURES, WORDS, ratio, read_baseline, verdicts
@@ -222,9 +222,9 @@ def main(
     against: Annotated[
         Path | None, typer.Option(help="An earlier report: also judge against its ratios.")
     ] = None,
-    threads: Annotated[int, typer.Option(help="OpenMP threads; 0 for all cores.", min=0)] = 0,
+    threads: Threads = 0,
     model: Annotated[str, typer.Option(help="A model folder or name.")] = str(MODEL),
-    dtype: Annotated[str, typer.Option(help="As vLLM's `--dtype`.")] = "float32",
+    dtype: Dtype = "float32",
     load_format: Annotated[
         str, typer.Option(help="As vLLM's; `dummy` gives a model random weights.")
     ] = "auto",

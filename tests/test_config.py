@@ -5,7 +5,8 @@ import math
 import pytest
 
 from vllm_kvcompress.accounting import Settings
-from vllm_kvcompress.config import EngineConfig, KnobError, parse_engine_config
+from vllm_kvcompress.config import EngineConfig, parse_engine_config
+from vllm_kvcompress.knobs import KnobError
 from vllm_kvcompress.presets import DEFAULT_PRESET, Preset, load_preset, shipped_presets
 
 MAX_TOKENS = 4096

@@ -96,7 +96,7 @@ def verify(
             preset=preset,
             rate=rate,
             tokens=tokens,
-            prompt=prompt_file.read_text() if prompt_file else None,
+            prompt=_read(prompt_file) if prompt_file else None,
         )
     except CannotVerify as error:
         typer.echo(f"vllm-kvcompress verify: {error}", err=True)
@@ -152,6 +152,17 @@ def build_cuda(
     except library.CannotBuild as error:
         typer.echo(f"vllm-kvcompress build-cuda: {error}", err=True)
         raise typer.Exit(1) from None
+
+
+def _read(prompt_file: Path) -> str:
+    try:
+        prompt = prompt_file.read_text()
+    except (OSError, UnicodeDecodeError) as error:
+        reason = getattr(error, "strerror", None) or "it is not text"
+        raise CannotVerify(f"cannot read {prompt_file}: {reason}") from None
+    if not prompt.strip():
+        raise CannotVerify(f"{prompt_file} holds no prompt")
+    return prompt
 
 
 def _text(report: Report) -> str:

@@ -1,20 +1,19 @@
-"""What a user can set besides presets: the engine's settings, a request's knobs.
+"""The engine's settings, and what they make of a request's knobs.
 
-Everything typed by a user is checked here, and every refusal is a `ValueError` that says what
-was asked, what is allowed and how to mend it.
+Everything typed by a user is checked, and every refusal is a `ValueError` that says what was
+asked, what is allowed and how to mend it.
 """
 
 from collections.abc import Mapping
-from typing import Any, Literal, TypeGuard, cast
+from typing import Any, Literal
 
 from pydantic import Field, ValidationError, model_validator
 
 from vllm_kvcompress.accounting import Settings
+from vllm_kvcompress.knobs import AUTO, KnobError, changed_fields, known_knobs
 from vllm_kvcompress.presets import (
     CACHEGEN,
     DEFAULT_PRESET,
-    MAX_RATE,
-    TASKS,
     UNCOMPRESSED,
     Preset,
     StrictModel,
@@ -25,14 +24,6 @@ from vllm_kvcompress.presets import (
     unknown_preset,
 )
 
-REQUEST_PREFIX = "kv_compress"
-REQUEST_KEYS = (
-    "kv_compress",
-    "kv_compress_rate",
-    "kv_compress_budget",
-    "kv_compress_question",
-    "kv_compress_task",
-)
 REFUSAL_REASONS = (
     "unknown_preset",
     "unknown_knob",
@@ -50,7 +41,6 @@ REFUSAL_REASONS = (
 )
 STORE_CONNECTOR = "CacheGenConnector"
 NO_STORE = "this server has no store: start it with `--kv-compress-store URL`"
-AUTO = "auto"
 ATTENTION_ENGINES = ("cpu", "flash_attn", "triton", "flashinfer", "xformers")
 AttentionEngineName = Literal["auto", "cpu", "flash_attn", "triton", "flashinfer", "xformers"]
 KernelsName = Literal["auto", "triton", "cuda"]
@@ -59,14 +49,6 @@ UNKNOWN_TASK: Task = "localization"  # of prompts without text
 
 class StartupError(ValueError):
     """The engine cannot start; the message is one line that says what to do."""
-
-
-class KnobError(ValueError):
-    """A request's knob that is refused: `knob` is its key, `reason` a short label for counters."""
-
-    def __init__(self, knob: str, reason: str, message: str) -> None:
-        super().__init__(message)
-        self.knob, self.reason = knob, reason
 
 
 class EngineConfig(StrictModel):
@@ -129,80 +111,27 @@ class EngineConfig(StrictModel):
         Raises:
             KnobError: a `ValueError` naming the key, the value and what is allowed.
         """
-        knobs = {k: v for k, v in (xargs or {}).items() if str(k).startswith(REQUEST_PREFIX)}
-        for key, value in knobs.items():
-            if key not in REQUEST_KEYS and (key.startswith(REQUEST_PREFIX + "_")):
-                raise KnobError(
-                    key,
-                    "unknown_knob",
-                    f"{shorten(key)} (given {shorten(value)}) is not a knob of kv-compress; "
-                    f"known: {', '.join(REQUEST_KEYS)}",
-                )
-        changes: dict[str, Any] = {"force_arena": self.test_force_arena}
-        name = knobs.get("kv_compress", self.preset)
+        knobs = known_knobs(xargs)
         presets = self.known_presets()
+        name = knobs.get("kv_compress", self.preset)
         if not isinstance(name, str) or name not in (*UNCOMPRESSED, *presets):
             raise KnobError(
                 "kv_compress", "unknown_preset", "kv_compress: " + unknown_preset(name, presets)
             )
         if name == CACHEGEN and self.cachegen is None:
             raise KnobError("kv_compress", "no_store", f"kv_compress={CACHEGEN!r}: {NO_STORE}")
-        rate, budget = knobs.get("kv_compress_rate"), knobs.get("kv_compress_budget")
-        if rate is not None and budget is not None:
-            raise KnobError(
-                "kv_compress_rate",
-                "rate_and_budget",
-                "kv_compress_rate and kv_compress_budget exclude each other: give one of them "
-                f"(got {shorten(rate)} and {shorten(budget)})",
-            )
-        if "kv_compress_rate" in knobs:
-            if not is_number(rate) or not 1 <= rate <= MAX_RATE:
-                raise KnobError(
-                    "kv_compress_rate",
-                    "bad_rate",
-                    f"kv_compress_rate={shorten(rate)} is not allowed: give a number from 1 "
-                    f"(keep everything) to {MAX_RATE} (keep a {MAX_RATE}th)",
-                )
-            changes |= {"rate": float(rate), "budget_tokens": None}
-        if "kv_compress_budget" in knobs:
-            if not _is_whole(budget) or not 1 <= budget <= max_tokens:
-                raise KnobError(
-                    "kv_compress_budget",
-                    "bad_budget",
-                    f"kv_compress_budget={shorten(budget)} is not allowed: give a whole number of "
-                    f"tokens from 1 to {max_tokens}",
-                )
-            changes |= {"budget_tokens": int(budget)}
-        if "kv_compress_question" in knobs:
-            question = knobs["kv_compress_question"]
-            if not _is_whole(question) or not 0 <= question <= max_tokens:
-                raise KnobError(
-                    "kv_compress_question",
-                    "bad_question",
-                    f"kv_compress_question={shorten(question)} is not allowed: give a whole "
-                    f"number of tokens, from 0 to {max_tokens}, at the prompt's end",
-                )
-            changes |= {"question_tokens": int(question)}
-        task = knobs.get("kv_compress_task")
-        if "kv_compress_task" in knobs:
-            if task not in (*TASKS, AUTO):
-                raise KnobError(
-                    "kv_compress_task",
-                    "bad_task",
-                    f"kv_compress_task={shorten(task)} is not allowed: give one of "
-                    f"{', '.join((*TASKS, AUTO))}",
-                )
-            if name in presets and not presets[name].tasks:
-                knowing = [other for other, preset in sorted(presets.items()) if preset.tasks]
-                raise KnobError(
-                    "kv_compress_task",
-                    "bad_task",
-                    f"kv_compress_task has no effect on preset {name!r}: leave it out, or take "
-                    f"a preset that knows tasks: {', '.join(knowing)}",
-                )
-        if name not in presets:
+        changes = changed_fields(knobs, max_tokens)
+        if name in UNCOMPRESSED:
             return None
         preset = presets[name]
+        if "task" in changes and not preset.tasks:
+            knowing = [other for other, preset in sorted(presets.items()) if preset.tasks]
+            raise KnobError(
+                "kv_compress_task",
+                "bad_task",
+                f"kv_compress_task has no effect on preset {name!r}: leave it out, or take "
+                f"a preset that knows tasks: {', '.join(knowing)}",
+            )
         if preset.propagates and self.tsp_max_inflight_tokens == 0:
             raise KnobError(
                 "kv_compress",
@@ -210,11 +139,11 @@ class EngineConfig(StrictModel):
                 f"kv_compress: preset {name!r} propagates selected tokens, which this server does "
                 "not do: its model or a feature does not allow it, or tsp_max_inflight_tokens is 0",
             )
-        if not preset.tasks:
-            return preset.settings(**changes)
-        task = preset.task if task is None else task
-        known = cast(Task, UNKNOWN_TASK if task == AUTO else task)
-        return preset.for_task(known).settings(task=known, **changes)
+        if preset.tasks:
+            task = changes.get("task", preset.task)
+            changes["task"] = UNKNOWN_TASK if task == AUTO else task
+            preset = preset.for_task(changes["task"])
+        return preset.settings(force_arena=self.test_force_arena, **changes)
 
     def wants_task(self, xargs: Mapping[str, Any] | None) -> bool:
         """Whether the class of this request's task is still to be told from its prompt."""
@@ -291,11 +220,3 @@ def parse_engine_config(raw: Any) -> EngineConfig:
         return EngineConfig(**{**own, "presets": {**config.presets, preset.name: preset}})
     except ValidationError as error:
         raise ValueError(f"kv_compress: {first_problem(error)}") from None
-
-
-def is_number(value: Any) -> TypeGuard[int | float]:
-    return isinstance(value, int | float) and not isinstance(value, bool)
-
-
-def _is_whole(value: Any) -> TypeGuard[int | float]:
-    return is_number(value) and (isinstance(value, int) or value.is_integer())

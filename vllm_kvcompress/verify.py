@@ -175,7 +175,10 @@ class _Server:
         except (httpx.HTTPError, httpx.InvalidURL) as error:
             raise CannotVerify(f"no answer from {where}: {error}") from None
         if response.is_success:
-            return response.json()
+            try:
+                return response.json()
+            except ValueError:
+                raise CannotVerify(f"{where}{path} answered no JSON: it is no vLLM") from None
         if response.status_code == httpx.codes.UNAUTHORIZED:
             raise CannotVerify(f"{where} wants another API key: give --api-key")
         if response.status_code == httpx.codes.NOT_FOUND and "kv_compress" in path:

@@ -12,7 +12,7 @@ from tqdm import tqdm
 
 from vllm_kvcompress.bench.engine import BLOCK_TOKENS, MODEL
 from vllm_kvcompress.bench.harness import Summary, Verdict, model_name, write_report
-from vllm_kvcompress.bench.options import ListCommand
+from vllm_kvcompress.bench.options import ListCommand, Threads
 from vllm_kvcompress.bench.quality.ask import Ask, BenchError
 from vllm_kvcompress.bench.quality.case import Case
 from vllm_kvcompress.bench.quality.command import Options, Policies, encoded
@@ -80,7 +80,7 @@ def main(
     budget: Annotated[float, typer.Option(help="Share of the cache to hold.")] = 0.125,
     n: Annotated[int, typer.Option(min=1, help="Prompts of each task.")] = 100,
     seed: Annotated[int, typer.Option(help="Of the prompts.")] = 0,
-    threads: Annotated[int, typer.Option(min=0, help="OpenMP threads; 0: all cores.")] = 0,
+    threads: Threads = 0,
     json: Annotated[Path, typer.Option(help="The report.")] = Path("results/parity.json"),
 ) -> None:
     """Whether FastKV and WindowKV in the engine answer as a dense model that keeps the same tokens.

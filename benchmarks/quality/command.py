@@ -16,7 +16,7 @@ from tqdm import tqdm
 
 from vllm_kvcompress.bench.engine import BLOCK_TOKENS, MODEL, EngineSpec
 from vllm_kvcompress.bench.harness import model_name, write_report
-from vllm_kvcompress.bench.options import ListCommand
+from vllm_kvcompress.bench.options import ListCommand, ModelsDtype, Threads
 from vllm_kvcompress.bench.peers.spec import PeerSpec
 from vllm_kvcompress.bench.quality import judge, plots, show
 from vllm_kvcompress.bench.quality.ask import Answerer, BenchError, Prompt
@@ -263,10 +263,10 @@ def main(
     concurrency: Annotated[
         int, typer.Option(min=1, max=1024, help="Requests at once; 1 repeats to the last token.")
     ] = 64,
-    block_tokens: Annotated[int, typer.Option(help="Tokens of a block.")] = BLOCK_TOKENS,
+    block_tokens: Annotated[int, typer.Option(min=1, help="Tokens of a block.")] = BLOCK_TOKENS,
     cache_blocks: Annotated[int, typer.Option(min=0, help="0: enough.")] = 0,
-    dtype: Annotated[str, typer.Option(help="As vLLM's; default: the model's.")] = "",
-    threads: Annotated[int, typer.Option(min=0, help="OpenMP threads; 0: all cores.")] = 0,
+    dtype: ModelsDtype = "",
+    threads: Threads = 0,
     json: Annotated[
         Path, typer.Option(help="The report; beside it CSV, plots, and every answer.")
     ] = Path("results/quality.json"),

@@ -11,7 +11,7 @@ from rich.console import Console
 
 from vllm_kvcompress.bench.engine import BLOCK_TOKENS, MODEL
 from vllm_kvcompress.bench.harness import cpu_model, write_report
-from vllm_kvcompress.bench.options import ListCommand
+from vllm_kvcompress.bench.options import ListCommand, ModelsDtype, Threads
 from vllm_kvcompress.bench.quality.ask import BenchError
 from vllm_kvcompress.bench.tune.asked import Asked
 from vllm_kvcompress.presets import Preset
@@ -43,8 +43,6 @@ Length = Annotated[int, typer.Option(min=64, help="Prompt tokens.")]
 N = Annotated[int, typer.Option(min=1, help="Prompts of each task; of niah's, at each depth.")]
 Seed = Annotated[int, typer.Option(help="Of the prompts.")]
 Block = Annotated[int, typer.Option(min=1, help="Tokens of a block.")]
-Dtype = Annotated[str, typer.Option(help="As vLLM's; default: the model's.")]
-Threads = Annotated[int, typer.Option(min=0, help="OpenMP threads; 0: all cores.")]
 Report = Annotated[Path, typer.Option(help="The report; plot and answers beside it.")]
 Fresh = Annotated[bool, typer.Option(help="Drop the answers of an earlier run.")]
 
@@ -61,7 +59,7 @@ def tsp_layer(
     n: N = 100,
     seed: Seed = 0,
     block_tokens: Block = BLOCK_TOKENS,
-    dtype: Dtype = "",
+    dtype: ModelsDtype = "",
     threads: Threads = 0,
     json: Report = Path("results/tune-tsp-layer.json"),
     fresh: Fresh = False,
@@ -98,7 +96,7 @@ def group_layers(
     n: N = 100,
     seed: Seed = 0,
     block_tokens: Block = BLOCK_TOKENS,
-    dtype: Dtype = "",
+    dtype: ModelsDtype = "",
     threads: Threads = 0,
     json: Report = Path("results/tune-group-layers.json"),
     fresh: Fresh = False,

@@ -8,14 +8,17 @@ import socket
 import subprocess
 import sys
 import time
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from pathlib import Path
+from random import Random
+from types import SimpleNamespace
 
 import httpx
 import pytest
 from typer.testing import CliRunner
 
 import vllm_kvcompress
+from vllm_kvcompress.bench.quality import demo
 from vllm_kvcompress.cli import app
 
 pytestmark = pytest.mark.engine
@@ -34,11 +37,6 @@ class Forgetful(AttentionScorer):
     def score(self, obs, layer):
         return -super().score(obs, layer)
 """
-
-
-@pytest.fixture(autouse=True)
-def one_thread(monkeypatch):
-    monkeypatch.setenv("OMP_NUM_THREADS", "1")
 
 
 def bench(tmp_path: Path, *arguments: str, name: str = "q") -> dict:
@@ -73,7 +71,7 @@ def forgetful(tmp_path, monkeypatch) -> Path:
 
 
 def test_the_same_seed_gives_the_same_table_and_the_worst_policy_is_caught(tmp_path, forgetful):
-    arguments = ["--n", "12", "--lengths", "512", "--budgets", "0.5", "--question", "both"]
+    arguments = ["--n", "8", "--lengths", "512", "--budgets", "0.5", "--question", "both"]
     arguments += ["--policies", "kv-compress", str(forgetful)]
     once = bench(tmp_path, *arguments)
     again = bench(tmp_path, *arguments, name="again")
@@ -92,14 +90,14 @@ def test_the_same_seed_gives_the_same_table_and_the_worst_policy_is_caught(tmp_p
     assert "MISSED  needle, 512 tokens: forgetful @ 0.5 of full" in once["printed"]
 
 
-@contextmanager
-def served(tmp_path: Path):
+@pytest.fixture(scope="module")
+def server(tmp_path_factory):
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     command = [str(Path(sys.executable).with_name("vllm")), "serve", str(MODEL), "--kv-compress"]
     command += ["--port", str(port), "--dtype", "float32", "--enforce-eager"]
-    log = tmp_path / "server.log"
+    log = tmp_path_factory.mktemp("served") / "server.log"
     with log.open("wb") as out:
         process = subprocess.Popen(
             command, stdout=out, stderr=subprocess.STDOUT, start_new_session=True
@@ -112,7 +110,7 @@ def served(tmp_path: Path):
                     break
             except httpx.TransportError:
                 time.sleep(0.5)
-        yield f"http://127.0.0.1:{port}", process
+        yield SimpleNamespace(url=f"http://127.0.0.1:{port}", process=process)
     finally:
         end(process)
 
@@ -124,49 +122,50 @@ def end(process) -> None:
     process.wait()
 
 
-def test_a_server_answers_as_an_engine_in_process_does(tmp_path, monkeypatch):
-    monkeypatch.setenv("VLLM_CPU_KVCACHE_SPACE", "1")
-    monkeypatch.setenv("VLLM_LOGGING_LEVEL", "ERROR")
-    arguments = ["--n", "17", "--lengths", "512", "--budgets", "0.5", "0.125"]
+def test_a_server_answers_as_an_engine_in_process_does(server, tmp_path):
+    arguments = ["--n", "6", "--lengths", "512", "--budgets", "0.5", "0.125"]
     arguments += ["--policies", "kv-compress", "random", "--tasks", "demo"]
-    one = ["--concurrency", "1", "--n", "4"]
-    bench(tmp_path, *arguments, name="engine")
-    bench(tmp_path, *arguments, *one, name="engine1")
-    with served(tmp_path) as (url, process):
-        bench(tmp_path, *arguments, "--url", url, "--concurrency", "16", name="server")
-        bench(tmp_path, *arguments, *one, "--url", url, name="server1")
-        assert answers(tmp_path, "engine1") == answers(tmp_path, "server1")
-        engine, server = answers(tmp_path, "engine"), answers(tmp_path, "server")
-        assert engine.keys() == server.keys() and len(engine) == 17 * 3 * 5
-        differing = [key for key in engine if engine[key] != server[key]]
-        assert len(differing) <= 0.01 * len(engine)
-
-        end(process)
-        given = ["bench", "quality", "--url", url, "--json", str(tmp_path / "dead.json")]
-        result = CliRunner().invoke(app, given)
-        assert result.exit_code == 2
-        assert re.fullmatch(r"bench quality: no answer from \S+: [^\n]*\n", result.stderr)
+    asked = {
+        "engine": ["--concurrency", "1"],
+        "server": ["--url", server.url, "--concurrency", "1"],
+        "crowded": ["--url", server.url, "--concurrency", "16"],
+    }
+    for name, how in asked.items():
+        bench(tmp_path, *arguments, *how, name=name)
+    engine = answers(tmp_path, "engine")
+    assert len(engine) == 6 * 3 * 5
+    assert answers(tmp_path, "server") == engine
+    crowded = answers(tmp_path, "crowded")
+    assert crowded.keys() == engine.keys()
+    assert sum(crowded[key] != engine[key] for key in engine) <= 1
 
 
-def test_a_prompts_file_is_answered_and_its_bad_lines_are_told(tmp_path):
-    from random import Random
-
-    from vllm_kvcompress.bench.quality import demo
-
+def test_a_prompts_file_is_answered_and_its_bad_lines_are_told(server, tmp_path):
     cases = [demo.needle(Random(i), 300) for i in range(5)]
     lines = [json.dumps({"prompt": c.prompt, "answer": c.answer[0], "task": "mine"}) for c in cases]
     lines[2:2] = ['{"prompt": "no answer"}', "not JSON"]
     path = tmp_path / "prompts.jsonl"
     path.write_text("\n".join(lines))
     arguments = ["--prompts", str(path), "--policies", "kv-compress", "--budgets", "0.5"]
-    done = bench(tmp_path, *arguments)
+    done = bench(tmp_path, *arguments, "--url", server.url)
     assert [note.split(":")[1].strip() for note in done["notes"]] == ["line 3", "line 4"]
     assert "line 3" in done["printed"]
-    (table, _) = done["tables"] if len(done["tables"]) == 2 else (done["tables"][0], None)
+    table = done["tables"][0]
     assert table["title"] == "mine, n = 5"
-    assert [row[-1] for row in table["rows"]][-1] == "100.0"
+    assert table["rows"][-1][-1] == "100.0"
+
+
+def test_a_file_without_a_prompt_is_refused_in_one_line(tmp_path):
     (tmp_path / "none.jsonl").write_text("nothing here\n")
     result = CliRunner().invoke(
         app, ["bench", "quality", "--prompts", str(tmp_path / "none.jsonl")]
     )
     assert result.exit_code == 2 and "no case to ask" in result.stderr
+
+
+def test_a_server_that_has_died_is_told_in_one_line(server, tmp_path):
+    end(server.process)
+    given = ["bench", "quality", "--url", server.url, "--json", str(tmp_path / "dead.json")]
+    result = CliRunner().invoke(app, given)
+    assert result.exit_code == 2
+    assert re.fullmatch(r"bench quality: no answer from \S+: [^\n]*\n", result.stderr)

@@ -8,6 +8,7 @@ key that is not the expected one.
 """
 
 import random
+import tempfile
 from collections import deque
 from dataclasses import dataclass
 from itertools import pairwise
@@ -15,6 +16,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from engine.storehouse import Storehouse
 from paging.pools import PACKINGS, layer_views
 from vllm.engine.arg_utils import EngineArgs
 from vllm.sampling_params import SamplingParams
@@ -66,6 +68,7 @@ class Climate:
     reset: float = 0.002
     shared_prefix: float = 0.4
     priority: bool = False
+    store: bool = False
 
 
 @dataclass
@@ -77,6 +80,8 @@ class Expected:
     tokens: list[int]  # prompt and everything it will ever say
     tags: np.ndarray  # int64 per position
     held: int = 0
+    loaded: int = 0  # blocks that were allocated for a load
+    lost: bool = False  # nothing of it came
     compressions: int = 0
 
 
@@ -102,6 +107,9 @@ class Tally:
     steps: int = 0
     small_chunks: int = 0
     mixed_steps: int = 0
+    loads: int = 0
+    failed_loads: int = 0
+    deferred_frees: int = 0
 
 
 class Storm:
@@ -115,8 +123,11 @@ class Storm:
         raw = self.scheduler.vllm_config.additional_config["kv_compress"]
         self.config = parse_engine_config(raw)
         views = layer_views(climate.num_blocks, LAYERS, HEADS, climate.block_tokens, SIZE)
-        packing = self.rng.choice(list(PACKINGS))
-        self.pool = PagePool(views, PACKINGS[packing](climate.block_tokens, SIZE))
+        packing = PACKINGS[self.rng.choice(list(PACKINGS))](climate.block_tokens, SIZE)
+        self.pool = PagePool(views, packing)
+        self.storehouse = None
+        if climate.store:
+            self.storehouse = Storehouse(self.rng, self.scheduler.connector, views, packing)
         judge = Judge(self.config, self.pool, SIZE**-0.5)
         self.compressor = Compressor(self.config, self.pool, judge)
         self.manager = self.scheduler.per_head
@@ -225,14 +236,15 @@ class Storm:
         self.history = self.history[-6:]
 
     def disturb(self) -> None:
-        live = list(self.scheduler.requests)
+        live = [name for name, r in self.scheduler.requests.items() if not r.is_finished()]
         if live and self.rng.random() < self.climate.abort:
             name = self.rng.choice(live)
             self.scheduler.finish_requests(name, RequestStatus.FINISHED_ABORTED)
             self.end(name)
             self.tally.aborted += 1
         if self.rng.random() < self.climate.reset:
-            self.scheduler.reset_prefix_cache(reset_running_requests=True)
+            # vLLM refuses to preempt for it while blocks are loaded or their freeing is deferred.
+            self.scheduler.reset_prefix_cache(reset_running_requests=not self.storehouse)
 
     def end(self, name: str) -> None:
         self.arenas_seen.pop(name, None)
@@ -254,10 +266,12 @@ class Storm:
         if self.queue:
             self.execute_all()
             step, _, output = self.queue.popleft()
-            if step.total_num_scheduled_tokens:
-                live = set(self.scheduler.requests)
+            if step.total_num_scheduled_tokens or self.storehouse:
+                requests = self.scheduler.requests
+                live = {name for name in requests if not requests[name].is_finished()}
                 self.scheduler.update_from_output(step, output)
                 gone = live - set(self.scheduler.requests)
+                self.note_losses(output)
                 self.tally.finished += len(gone)
                 for name in gone:
                     self.end(name)
@@ -268,6 +282,16 @@ class Storm:
             if item[2] is None:
                 item[2] = self.execute(item[0], item[1])
 
+    def note_losses(self, output: ModelRunnerOutput) -> None:
+        """Of a load that failed at its first block everything is freed again."""
+        if output.kv_connector_output is None:
+            return
+        for name in output.kv_connector_output.finished_recving or ():
+            request = self.scheduler.requests.get(name)
+            if request is not None and name in self.scheduler.failed_recving_kv_req_ids:
+                self.tally.failed_loads += 1
+                self.expected[name].lost = request.num_computed_tokens == 0
+
     # The scheduler's side
 
     def check_scheduled(self, step: SchedulerOutput, before: dict) -> Snapshot:
@@ -275,7 +299,7 @@ class Storm:
         scheduler.check_integrity()
         for name in step.preempted_req_ids or ():
             if name in self.expected:
-                self.expected[name].held = 0
+                self.expected[name].held = self.expected[name].loaded = 0
                 self.tally.preemptions += 1
                 self.arenas_seen.pop(name, None)
         arenas, natural = {}, {}
@@ -283,6 +307,15 @@ class Storm:
         cached = step.scheduled_cached_reqs
         firsts = dict(zip(cached.req_ids, cached.num_computed_tokens, strict=True)) | hits
         self.tally.hit_tokens += sum(hits.values())
+        loads = step.kv_connector_metadata.loads if self.storehouse else ()
+        self.tally.loads += len(loads)
+        for load in loads:
+            want = self.expected[load.request_id]
+            want.held = want.loaded = len(load.block_ids)
+        for name, request in scheduler.requests.items():
+            want = self.expected[name]
+            if want.lost and request.status != RequestStatus.WAITING_FOR_REMOTE_KVS:
+                want.lost, want.held, want.loaded = False, 0, 0
         for name, count in step.num_scheduled_tokens.items():
             want = self.expected[name]
             first, last = firsts[name], firsts[name] + count
@@ -302,18 +335,21 @@ class Storm:
             _, flying = before[name]
             flying = flying if name not in (step.preempted_req_ids or ()) else 0
             processed = max(0, first - flying) if name not in hits else first
-            want.held = blocks_expected(want.plan, processed, last)
+            want.held = blocks_expected(
+                want.plan, processed, max(last, want.loaded * self.climate.block_tokens)
+            )
         for name in scheduler.requests:
             held, want = manager.blocks_held(name), self.expected[name].held
             assert held == want, f"{name} holds {held} blocks, not {want}"
-        self.check_published(step, firsts, natural, arenas)
+        self.check_published(step, firsts, natural, arenas, loads)
         self.check_pool()
         return Snapshot(arenas, natural)
 
-    def check_published(self, step, firsts: dict, natural: dict, arenas: dict) -> None:
+    def check_published(self, step, firsts: dict, natural: dict, arenas: dict, loads) -> None:
         """A block complete under a hash is never written while it bears that hash."""
         blocks, size = self.manager.block_pool.blocks, self.climate.block_tokens
-        touched = set()
+        touched = {block for load in loads for block in load.block_ids[load.first_token // size :]}
+        assert all(blocks[block].block_hash is None for block in touched), "loaded over published"
         for name, ids in natural.items():
             first, last = firsts[name], firsts[name] + step.num_scheduled_tokens[name]
             for index in range(first // size, ceil_div(last, size)):
@@ -352,6 +388,11 @@ class Storm:
             for block in (block for arena in compression.arenas for block in arena.blocks):
                 assert block.block_id not in owners, f"arena of {name} shares {block.block_id}"
                 owners[block.block_id] = 1
+        for _, blocks in self.scheduler.deferred_frees:
+            self.tally.deferred_frees += 1
+            for block in blocks:
+                if not block.is_null:
+                    owners[block.block_id] = owners.get(block.block_id, 0) + 1
         for block in pool.blocks:
             if not block.is_null:
                 want = owners.get(block.block_id, 0)
@@ -382,6 +423,7 @@ class Storm:
         if names:
             self.attend(names, counts, ends)
         self.check_windows()
+        told = self.storehouse.step(step.kv_connector_metadata) if self.storehouse else None
         compressor.finish_step(lambda name: self.runner[name])
         compressor.check_integrity()
         for name in due:
@@ -390,7 +432,7 @@ class Storm:
             again = first != self.expected[name].plan.first_point
             self.tally.recompressions += again
             self.tally.compressions += not again
-        return self.sample(names, ends)
+        return self.sample(names, ends, told)
 
     def update_runner(self, step: SchedulerOutput) -> None:
         """As `GPUModelRunner._update_states` treats block ids."""
@@ -553,7 +595,7 @@ class Storm:
                 assert kept[:sinks] == list(range(sinks))[: len(kept)], f"{name}: sinks lost"
                 assert len(set(kept)) == len(kept) == int(counts[layer, head]) * size
 
-    def sample(self, names: list[str], ends: np.ndarray) -> ModelRunnerOutput:
+    def sample(self, names: list[str], ends: np.ndarray, told) -> ModelRunnerOutput:
         sampled = []
         for name, end in zip(names, ends.tolist(), strict=True):
             if end < self.known[name]:
@@ -562,7 +604,8 @@ class Storm:
             assert end == self.known[name], f"{name} computed {end} of {self.known[name]} tokens"
             self.known[name] += 1
             sampled.append([self.expected[name].tokens[end]])
-        return ModelRunnerOutput(names, {name: i for i, name in enumerate(names)}, sampled)
+        rows = {name: i for i, name in enumerate(names)}
+        return ModelRunnerOutput(names, rows, sampled, kv_connector_output=told)
 
 
 def manager_blocks(manager: PerHeadManager) -> list[tuple[str, list[KVCacheBlock]]]:
@@ -609,6 +652,13 @@ def tags_of(name: str, tokens: list[int], plan: Plan) -> np.ndarray:
 
 def make_scheduler(climate: Climate):
     """The scheduler as vLLM's `EngineCore` builds it, over one group of per-head attention."""
+    settings = {"tsp_max_inflight_tokens": 0, **(climate.kv_compress or {"rate": 4})}
+    if climate.store:
+        settings["cachegen"] = {
+            "store": tempfile.gettempdir(),  # looked at, and then replaced
+            "levels": [4],
+            "chunk_tokens": 2 * climate.block_tokens,
+        }
     args = EngineArgs(
         model=DEMO_MODEL,
         dtype="float32",
@@ -621,9 +671,7 @@ def make_scheduler(climate: Climate):
         enable_prefix_caching=climate.prefix_caching,
         skip_tokenizer_init=True,
         scheduling_policy="priority" if climate.priority else "fcfs",
-        additional_config={
-            "kv_compress": {"tsp_max_inflight_tokens": 0, **(climate.kv_compress or {"rate": 4})}
-        },
+        additional_config={"kv_compress": settings},
     )
     config = args.create_engine_config()
     config.scheduler_config.async_scheduling = climate.asynchronous

@@ -4,11 +4,13 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from interpreted.device import NoWaiting
 from kernels.caches import noise
-from torch.utils._python_dispatch import TorchDispatchMode
 from vllm.config import CUDAGraphMode
+from vllm.distributed.kv_transfer.kv_connector.v1.metrics import KVConnectorStats
 from vllm.forward_context import get_forward_context, override_forward_context
 from vllm.v1.attention.backend import AttentionCGSupport, CommonAttentionMetadata
+from vllm.v1.outputs import KVConnectorOutput
 from vllm.v1.worker.gpu.cudagraph_utils import BatchExecutionDescriptor
 
 from vllm_kvcompress.config import EngineConfig
@@ -29,23 +31,6 @@ from vllm_kvcompress.paging.pool import PageFormat, PagePool
 from vllm_kvcompress.policy.propagators import AttentionPropagator
 
 LAYERS, HEADS, GROUP, SIZE, B, BLOCKS, WIDTH, ROWS = 2, 2, 2, 16, 16, 24, 6, 4
-aten = torch.ops.aten
-WAITS = {
-    aten._local_scalar_dense.default,
-    aten.nonzero.default,
-    aten.masked_select.default,
-    aten.equal.default,
-    aten.is_nonzero.default,
-    aten._unique2.default,
-}
-
-
-class NoWaiting(TorchDispatchMode):
-    """Fails on what would make the host wait for a GPU."""
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        assert function not in WAITS, f"{function} waits for the device"
-        return function(*args, **(kwargs or {}))
 
 
 class VllmBuilder:
@@ -196,6 +181,27 @@ def test_runners_are_told_apart_by_what_they_offer():
     assert second.request_ids(1) == ["p"]
     with pytest.raises(ValueError, match="VLLM_USE_V2_MODEL_RUNNER=0"):
         runner_of(SimpleNamespace())
+
+
+def test_both_runners_send_times_along_with_a_connectors_own_statistics():
+    def finished(connector_stats):
+        return KVConnectorOutput(finished_sending={"x"}, kv_connector_stats=connector_stats)
+
+    theirs = KVConnectorStats({"bytes": 7})
+    held = SimpleNamespace(input_batch=None, requests={}, kv_connector_output=finished(theirs))
+    FirstRunner(held).send_seconds([0.5])
+    state = SimpleNamespace(prepare_attn=None)
+    second = SecondRunner(SimpleNamespace(model_state=state))
+    second.send_seconds([0.5])
+    output = SimpleNamespace(kv_connector_output=finished(theirs))
+    second.complete(SimpleNamespace(model_runner_output=output))
+    for got in (held.kv_connector_output, output.kv_connector_output):
+        assert got.finished_sending == {"x"}
+        assert got.kv_connector_stats.data == {"seconds": [0.5]}
+        assert got.kv_connector_stats.connector is theirs
+    later = SimpleNamespace(kv_connector_output=None)
+    second.complete(SimpleNamespace(model_runner_output=later))
+    assert later.kv_connector_output is None
 
 
 def test_barred_steps_are_not_replayed():

@@ -12,6 +12,7 @@ from engine.engines import (
     prompt,
     propagation_of,
     runner_of,
+    scheduler_of,
 )
 from vllm import envs
 from vllm.distributed.kv_transfer import get_kv_transfer_group
@@ -19,6 +20,7 @@ from vllm.distributed.kv_transfer.kv_transfer_state import ensure_kv_transfer_sh
 
 from vllm_kvcompress.engine import page_kernels
 from vllm_kvcompress.engine.device_compressor import DeviceCompressor
+from vllm_kvcompress.engine.stats import WorkerStats
 from vllm_kvcompress.kernels.cuda import CudaPages
 
 SAID, CHUNK = 3, 32
@@ -49,9 +51,13 @@ def said(llm):
         counted(compressor, "_compress") as compressions,
         counted(compressor, "_hold") as held,
         counted(propagation_of(llm), "_go_on") as selections,
+        counted(scheduler_of(llm), "make_stats") as stats,
     ):
         answers = ask(llm, prompts, params)
     assert (len(compressions), len(held), len(selections)) == (2, 1, 2)
+    sent = [stat.data for args in stats for stat in args if isinstance(stat, WorkerStats)]
+    seconds = [took for data in sent for took in data["seconds"]]
+    assert len(seconds) == 3 and min(seconds) > 0
     compressor.check_integrity()
     return [answer.tokens for answer in answers]
 

@@ -129,7 +129,8 @@ def test_copying_tokens_equals_copying_one_by_one(packing, pages_at_once, monkey
             rng.choice(origins) * tokens + rng.randrange(tokens)
             for _ in range(len(targets) * tokens)
         ]
-        pool.copy_tokens(torch.tensor(slots), torch.tensor(targets))
+        at = torch.tensor(slots)
+        pool.copy_tokens(at // tokens, at % tokens, torch.tensor(targets))
         for i, slot in enumerate(slots):
             where = targets[i // tokens], i % tokens
             keys[where] = keys[slot // tokens, slot % tokens]

@@ -4,6 +4,7 @@ import json
 import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
+import httpx
 import pytest
 from typer.testing import CliRunner
 
@@ -135,6 +136,21 @@ def test_verify_without_an_answer() -> None:
     assert "it serves: m" in no_model.output
     assert "no answer from" in gone.output
     assert run("verify", "--url", "nonsense").exit_code == 2
+
+
+@pytest.mark.parametrize(("holds", "says"), [(b"\xff\xfe", "not text"), (b" \n", "no prompt")])
+def test_a_file_without_a_prompt_is_told_in_one_line(holds, says, tmp_path) -> None:
+    (tmp_path / "prompt.txt").write_bytes(holds)
+    done = run("verify", "--prompt-file", str(tmp_path / "prompt.txt"))
+    assert done.exit_code == 2 and says in done.output and done.output.count("\n") == 1
+
+
+def test_what_is_no_vllm_is_told_in_one_line(monkeypatch) -> None:
+    page = httpx.Response(200, text="<html>welcome</html>")
+    monkeypatch.setattr(httpx.Client, "request", lambda *args, **kwargs: page)
+    done = run("verify")
+    assert done.exit_code == 2
+    assert "/v1/models answered no JSON: it is no vLLM" in done.output
 
 
 def test_the_prompt_suits_the_model() -> None:

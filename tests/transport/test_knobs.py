@@ -4,7 +4,7 @@ import math
 
 import pytest
 
-from vllm_kvcompress.config import KnobError
+from vllm_kvcompress.knobs import KnobError
 from vllm_kvcompress.transport.knobs import Knobs, knobs_of, knobs_or_text
 
 NOVEL = "x" * 100_000

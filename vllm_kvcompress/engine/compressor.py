@@ -4,7 +4,6 @@ Knows vLLM only by the `SchedulerOutput` it is shown; what the model runner hold
 arguments, so that another runner needs another caller and nothing here.
 """
 
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -19,6 +18,7 @@ from vllm_kvcompress.accounting import Plan, Settings
 from vllm_kvcompress.config import EngineConfig
 from vllm_kvcompress.engine.batch import HeadBatch
 from vllm_kvcompress.engine.candidates import Candidates, SelectedCandidates
+from vllm_kvcompress.engine.clock import clock_of
 from vllm_kvcompress.engine.judge import Judge
 from vllm_kvcompress.engine.windows import Capture, QueryWindow
 from vllm_kvcompress.paging.device_tables import DeviceTables
@@ -70,7 +70,7 @@ class Compressor:
         self.pool = pool
         self.judge = judge
         self.tables = self._new_tables()
-        self.seconds: list[float] = []
+        self.clock = clock_of(pool.device)
         self._config = config
         self._requests: dict[str, _Request] = {}
         self._due: list[_Due] = []
@@ -250,12 +250,11 @@ class Compressor:
         """Compress the requests whose point this step has reached."""
         self._in_step = False
         for due in self._due:
-            began = time.perf_counter()
-            if due.arena_blocks is None:
-                self._hold(due, block_ids(due.request_id))
-            else:
-                self._compress(due, due.arena_blocks, block_ids(due.request_id))
-            self.seconds.append(time.perf_counter() - began)
+            with self.clock.timed():
+                if due.arena_blocks is None:
+                    self._hold(due, block_ids(due.request_id))
+                else:
+                    self._compress(due, due.arena_blocks, block_ids(due.request_id))
         self._due.clear()
 
     def _hold(self, due: _Due, natural: list[int]) -> None:
@@ -292,12 +291,12 @@ class Compressor:
         request.window = request.selected = None
 
     def _copy(self, candidates: Tensor, tokens: int, kept: Tensor, arena_blocks: Tensor) -> None:
-        """Copy kept tokens, int64 indices into `[L, H, tokens]`, into the arena."""
+        """Copy kept tokens, indices into `[L, H, tokens]` of whole pages, into the arena."""
         pool = self.pool
-        lane, token = kept // tokens, kept % tokens
-        pages = candidates.flatten(0, 1)[lane, token // pool.page_tokens]
-        sources = pages * pool.page_tokens + token % pool.page_tokens
-        pool.copy_tokens(sources, pool.block_pages(arena_blocks))
+        full_pages = candidates[..., : tokens // pool.page_tokens].flatten()
+        page = kept // pool.page_tokens
+        offsets = kept - page * pool.page_tokens
+        pool.copy_tokens(full_pages[page], offsets, pool.block_pages(arena_blocks))
 
     def _candidates(self, due: _Due, request: _Request, natural: list[int]) -> Candidates:
         pool = self.pool

@@ -46,7 +46,11 @@ class Runner(ABC):
 
     @abstractmethod
     def send_seconds(self, seconds: list[float]) -> None:
-        """Report compression times with the step's output, where there is a way to."""
+        """Report compression times with the step's output."""
+
+    @abstractmethod
+    def complete(self, output: Any) -> None:
+        """Add to a step's output, in place, what is still to be reported."""
 
 
 class FirstRunner(Runner):
@@ -72,9 +76,10 @@ class FirstRunner(Runner):
         return _dispatching(dispatcher, dispatch)
 
     def send_seconds(self, seconds: list[float]) -> None:
-        output = self._runner.kv_connector_output or KVConnectorOutput()
-        stats = WorkerStats({"seconds": seconds}, output.kv_connector_stats)
-        self._runner.kv_connector_output = replace(output, kv_connector_stats=stats)
+        self._runner.kv_connector_output = _with(seconds, self._runner.kv_connector_output)
+
+    def complete(self, output: Any) -> None:
+        """It has taken the times with `kv_connector_output`."""
 
 
 class SecondRunner(Runner):
@@ -84,6 +89,7 @@ class SecondRunner(Runner):
         super().__init__(runner)
         self._request_ids: Sequence[str] = ()
         self._blocks: dict[str, list[int]] = {}
+        self._seconds: list[float] = []
         state = runner.model_state
         state.prepare_attn = partial(self._prepare_attn, state.prepare_attn)
 
@@ -126,16 +132,35 @@ class SecondRunner(Runner):
         return _dispatching(manager, dispatch)
 
     def send_seconds(self, seconds: list[float]) -> None:
-        """It builds a step's output after the worker's turn: no times on this runner."""
+        self._seconds += seconds
+
+    def complete(self, output: Any) -> None:
+        """The last rank's output comes with `model_runner_output`, the others' say nothing."""
+        held = getattr(output, "model_runner_output", None)
+        if held is not None and self._seconds:
+            held.kv_connector_output = _with(self._seconds, held.kv_connector_output)
+        self._seconds = []
+
+
+def _with(seconds: list[float], output: KVConnectorOutput | None) -> KVConnectorOutput:
+    """A connector's output with compression times in its statistics."""
+    output = output or KVConnectorOutput()
+    stats = WorkerStats({"seconds": seconds}, output.kv_connector_stats)
+    return replace(output, kv_connector_stats=stats)
 
 
 @contextmanager
 def _dispatching(owner: Any, dispatch: Any) -> Iterator[None]:
+    """`owner.dispatch` is this one inside. Such blocks may stand in each other."""
+    outer = vars(owner).get("dispatch")
     owner.dispatch = dispatch
     try:
         yield
     finally:
-        del owner.dispatch
+        if outer is None:
+            del owner.dispatch
+        else:
+            owner.dispatch = outer
 
 
 def runner_of(runner: Any) -> Runner:

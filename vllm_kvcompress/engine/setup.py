@@ -14,7 +14,7 @@ from vllm.logger import init_logger
 from vllm.platforms import current_platform
 from vllm.v1.attention.backends.registry import AttentionBackendEnum
 
-from vllm_kvcompress.config import AUTO, EngineConfig, StartupError, parse_engine_config
+from vllm_kvcompress.config import EngineConfig, StartupError, parse_engine_config
 from vllm_kvcompress.engine.attention import choose
 from vllm_kvcompress.engine.propagation_limits import with_tsp_capacity
 from vllm_kvcompress.engine.refusals import (
@@ -26,6 +26,7 @@ from vllm_kvcompress.engine.refusals import (
     refuse_platform,
     refuse_version,
 )
+from vllm_kvcompress.knobs import AUTO
 from vllm_kvcompress.policy.registry import build
 from vllm_kvcompress.policy.task_models import SequenceClassifier, task_classifier
 

@@ -229,9 +229,13 @@ class PerHeadWorker:
         with selecting, graphs:
             output = super().execute_model(scheduler_output)  # type: ignore[misc]
         compressor.finish_step(self._view.block_ids)
-        if compressor.seconds:
-            self._runner.send_seconds(compressor.seconds)
-            compressor.seconds = []
+        if seconds := compressor.clock.take():
+            self._runner.send_seconds(seconds)
+        return output
+
+    def sample_tokens(self, grammar_output: Any) -> Any:
+        output = super().sample_tokens(grammar_output)  # type: ignore[misc]
+        self._runner.complete(output)
         return output
 
     def check_kv_compress_integrity(self) -> None:

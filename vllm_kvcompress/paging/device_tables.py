@@ -8,6 +8,7 @@ by layer. Nothing here moves when requests come and go, so a captured graph may 
 import torch
 from torch import Tensor
 
+from vllm_kvcompress.paging.host_copy import HostCopy
 from vllm_kvcompress.paging.pool import PagePool
 
 
@@ -28,6 +29,7 @@ class DeviceTables:
         )
         self._slots: dict[str, int] = {}
         self._arena_blocks: dict[str, int] = {}
+        self._most_pages: dict[str, HostCopy] = {}  # of any head
         self._free = list(range(most_requests))[::-1]
 
     def __len__(self) -> int:
@@ -53,6 +55,7 @@ class DeviceTables:
             tail_start: first token position of its natural tail, a multiple of B.
         """
         self._arena_blocks[request_id] = len(arena_blocks)
+        self._most_pages[request_id] = HostCopy(pages.max())
         tail_block = tail_start // self._pool.page_tokens
         self.arenas.put(self._slot_for(request_id), arena_blocks, pages, tail_block)
 
@@ -75,17 +78,19 @@ class DeviceTables:
         slot = self._slots.pop(request_id, None)
         if slot is not None:
             self._arena_blocks.pop(request_id, None)
+            self._most_pages.pop(request_id, None)
             self._free.append(slot)
 
     def arena(self, request_id: str) -> tuple[Tensor, Tensor]:
         """A request's kept pages, int64 `[L, H]`, and their ids padded with 0, `[L, H, P]`.
 
-        Waits for the device: how many pages the richest head has is not known on the host.
+        P, the pages of the richest head, has come to the host since `enter`; right after it this
+        waits for the device.
         """
         slot, lanes = self._slots[request_id], self._pool.pages_per_block
         starts = self.arenas.starts[slot].long()
         counts = starts.diff()
-        column = torch.arange(int(counts.max()), device=counts.device)
+        column = torch.arange(int(self._most_pages[request_id].numpy()), device=counts.device)
         ordinal = starts[:-1, None] + column
         blocks = self.arenas.blocks[slot].long()
         ids = blocks[(ordinal // lanes).clamp(max=len(blocks) - 1)] * lanes + ordinal % lanes

@@ -145,7 +145,8 @@ class PerHeadManager(FullAttentionManager):
             return natural
         evictable = self._get_num_evictable_blocks(new_computed_blocks)
         first = compression.plan.prompt_peak_blocks() - len(new_computed_blocks) + evictable
-        return max(first, compression.plan.later_peak_blocks(num_tokens))
+        peak = max(first, compression.plan.later_peak_blocks(num_tokens))
+        return max(0, peak - self.blocks_held(request_id))  # what was loaded is held already
 
     def allocate_new_blocks(
         self, request_id: str, num_tokens: int, num_tokens_main_model: int

@@ -129,64 +129,78 @@ class PagePool:
         """Values of pages `[H, P]` as `[H, P*B, D]`."""
         return self._values.read(pages)
 
-    def copy_tokens(self, sources: Tensor, target_pages: Tensor) -> None:
+    def copy_tokens(self, pages: Tensor, offsets: Tensor, target_pages: Tensor) -> None:
         """Copy tokens, K and V, into pages: the out-of-place compaction.
 
         Args:
-            sources: int64 `[T]` slots (`page * B + offset`), target page by target page.
+            pages, offsets: int64 `[T]`, where the tokens are, target page by target page.
             target_pages: int64 `[T / B]`; none of them may hold a source.
         """
         step = max(1, COPY_ELEMENTS // self._flat.shape[1])
         for start in range(0, len(target_pages), step):
             targets = target_pages[start : start + step]
-            slots = sources[start * self.page_tokens : (start + step) * self.page_tokens]
-            pages, offsets = slots // self.page_tokens, slots % self.page_tokens
+            tokens = slice(start * self.page_tokens, (start + step) * self.page_tokens)
             for half in (self._keys, self._values):
-                half.write(targets, half.read_tokens(pages, offsets))
+                half.write(targets, half.read_tokens(pages[tokens], offsets[tokens]))
 
 
 class _PageHalf:
-    """The keys, or the values, of every page."""
+    """The keys, or the values, of every page.
+
+    Most kernels keep a token's lanes side by side, or one lane's tokens: such rows are gathered
+    whole, other packings element by element.
+    """
 
     def __init__(self, flat: Tensor, where: Tensor) -> None:
         self._flat = flat  # [pages, 2*B*D]
-        tokens, head_size = where.shape
-        start = int(where.min())
-        token_stride, lane_stride = (int(where[-1:, 0] - start), int(where[0, -1] - start))
-        token_stride //= max(1, tokens - 1)
-        lane_stride //= max(1, head_size - 1)
-        regular = torch.arange(tokens)[:, None] * token_stride
-        regular = start + regular + torch.arange(head_size) * lane_stride
-        self._lane_major = lane_stride > token_stride
-        self._view: Tensor | None = None  # [pages, B, D], where the packing allows one
-        if torch.equal(where, regular):
-            strides = (flat.stride(0), token_stride, lane_stride)
+        self._where = async_tensor_h2d(where, device=flat.device)
+        self._lane_major = len(where) > 1 and int(where[1, 0] - where[0, 0]) == 1
+        rows = where.T if self._lane_major else where
+        count, width = rows.shape
+        start, stride = int(rows[0, 0]), int(rows[-1, 0] - rows[0, 0]) // max(1, count - 1)
+        regular = start + torch.arange(count)[:, None] * stride + torch.arange(width)
+        self._in_rows = torch.equal(rows, regular) and not any(
+            number % width for number in (start, stride, flat.shape[1])
+        )
+        if self._in_rows:
             begin = flat.storage_offset() + start
-            self._view = flat.as_strided((len(flat), tokens, head_size), strides, begin)
-        self._where = where.to(flat.device)
+            page_rows = flat.as_strided(
+                (len(flat), count, width), (flat.stride(0), stride, 1), begin
+            )
+            self._view = (
+                page_rows.transpose(1, 2) if self._lane_major else page_rows
+            )  # [pages, B, D]
+            self._rows = flat.view(-1, width)
+            self._rows_per_page = flat.shape[1] // width
+            self._rows_of_page = async_tensor_h2d(rows[:, 0] // width, device=flat.device)
 
     def read(self, pages: Tensor) -> Tensor:
         """`[H, P]` pages -> `[H, P*B, D]`, in memory as it came cheapest."""
         (heads, count), (tokens, head_size) = pages.shape, self._where.shape
-        if self._view is None:
-            rows = self._flat.index_select(0, pages.flatten())
-            return rows[:, self._where].view(heads, count * tokens, head_size)
-        if not self._lane_major:
-            return self._view.index_select(0, pages.flatten()).view(heads, -1, head_size)
-        rows = self._view.transpose(1, 2).index_select(0, pages.flatten())  # [H*P, D, B]
-        lanes = rows.view(heads, count, head_size, tokens).transpose(1, 2)
-        return lanes.reshape(heads, head_size, count * tokens).transpose(1, 2)
+        if not self._in_rows:
+            content = self._flat.index_select(0, pages.flatten())
+            return content[:, self._where].view(heads, count * tokens, head_size)
+        first = pages * self._rows_per_page
+        if self._lane_major:
+            lanes = first[:, None] + self._rows_of_page[:, None]  # [H, D, P]
+            content = self._rows.index_select(0, lanes.flatten())
+            return content.view(heads, head_size, count * tokens).transpose(1, 2)
+        rows = first[..., None] + self._rows_of_page  # [H, P, B]
+        return self._rows.index_select(0, rows.flatten()).view(heads, count * tokens, head_size)
 
     def read_tokens(self, pages: Tensor, offsets: Tensor) -> Tensor:
         """`[T]` pages and offsets in them -> `[T, D]`."""
-        if self._view is not None:
+        if not self._in_rows:
+            return self._flat[pages[:, None], self._where[offsets]]
+        if self._lane_major:
             return self._view[pages, offsets]
-        return self._flat[pages[:, None], self._where[offsets]]
+        rows = pages * self._rows_per_page + self._rows_of_page[offsets]
+        return self._rows.index_select(0, rows)
 
     def write(self, pages: Tensor, tokens: Tensor) -> None:
         """Fill whole pages `[P]` with tokens `[P*B, D]`."""
         content = tokens.view(len(pages), *self._where.shape)
-        if self._view is not None:
+        if self._in_rows:
             self._view[pages] = content
         else:
             self._flat[pages[:, None, None], self._where] = content

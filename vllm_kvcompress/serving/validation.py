@@ -9,13 +9,11 @@ from vllm.exceptions import VLLMValidationError
 
 from vllm_kvcompress.accounting import Settings
 from vllm_kvcompress.config import (
-    REQUEST_KEYS,
-    REQUEST_PREFIX,
-    KnobError,
     parse_engine_config,
     uses_store,
     wants_compression,
 )
+from vllm_kvcompress.knobs import REQUEST_KEYS, REQUEST_PREFIX, KnobError
 from vllm_kvcompress.presets import shorten
 from vllm_kvcompress.serving.metrics import refusals_counter
 from vllm_kvcompress.transport.knobs import KNOB_PREFIX, knobs_of

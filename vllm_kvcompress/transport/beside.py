@@ -35,6 +35,8 @@ class DeviceFence(Fence):
 class Beside:
     """On a CPU: everything is done when it is called for."""
 
+    on_host = True
+
     def fence(self) -> Fence:
         """What the current step has asked for so far."""
         return Fence(time.time())
@@ -55,6 +57,8 @@ class BesideDevice(Beside):
     Args:
         streams: `torch.cuda`, or what has its streams and events.
     """
+
+    on_host = False
 
     def __init__(self, device: torch.device, streams: Any = torch.cuda) -> None:
         self._device, self._streams = device, streams

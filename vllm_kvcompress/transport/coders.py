@@ -67,7 +67,7 @@ class HostCoder(Coder):
     """Codes on the CPU. From and to a GPU values travel as they are, by pinned memory."""
 
     def land(self, taken: Taken) -> np.ndarray:
-        if taken.kv.is_cpu:
+        if self.beside.on_host:
             return as_array(taken.kv)
         host = self._host(taken.kv.shape)
         with self.beside.after(taken.copied):

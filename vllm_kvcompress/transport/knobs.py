@@ -3,7 +3,8 @@
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
-from vllm_kvcompress.config import NO_STORE, KnobError, is_number
+from vllm_kvcompress.config import NO_STORE
+from vllm_kvcompress.knobs import KnobError, is_number
 from vllm_kvcompress.presets import shorten
 from vllm_kvcompress.transport.levels import LOSSLESS, RECOMPUTE
 from vllm_kvcompress.transport.settings import MOST_TTFT_MS

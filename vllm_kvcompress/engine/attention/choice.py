@@ -3,8 +3,9 @@
 from importlib import import_module
 from typing import Any
 
-from vllm_kvcompress.config import ATTENTION_ENGINES, AUTO
+from vllm_kvcompress.config import ATTENTION_ENGINES
 from vllm_kvcompress.engine.attention.interface import AttentionEngine
+from vllm_kvcompress.knobs import AUTO
 
 ENGINES = {
     "cpu": "CPUEngine",
