@@ -78,9 +78,11 @@ def moved(pool: PagePool) -> PagePool:
     pool._flat, pool.cache, pool.device = flat, flat.view(pool.cache.shape), flat.device
     for half in (pool._keys, pool._values):
         view = half._view
-        half._flat = flat
-        half._where = torch.empty(half._where.shape, dtype=torch.int64, device="gpu")
+        half._flat, half._rows = flat, flat.view(half._rows.shape)
         half._view = flat.as_strided(view.shape, view.stride(), view.storage_offset())
+        for index in ("_where", "_rows_of_page"):
+            shape = getattr(half, index).shape
+            setattr(half, index, torch.empty(shape, dtype=torch.int64, device="gpu"))
     return pool
 
 
