@@ -74,18 +74,15 @@ def on_no_device(monkeypatch):
 
 def moved(pool: PagePool) -> PagePool:
     """The pool, which looks at values once while it is made, as it is on a GPU."""
-    cache = pool._flat.untyped_storage().data_ptr()
     flat = torch.empty(pool._flat.shape, device="gpu")
     pool._flat, pool.cache, pool.device = flat, flat.view(pool.cache.shape), flat.device
     for half in (pool._keys, pool._values):
-        for name, held in list(vars(half).items()):
-            if not isinstance(held, torch.Tensor):
-                continue
-            if held.untyped_storage().data_ptr() == cache:
-                there = flat.as_strided(held.shape, held.stride(), held.storage_offset())
-            else:
-                there = torch.empty(held.shape, dtype=held.dtype, device="gpu")
-            setattr(half, name, there)
+        view = half._view
+        half._flat, half._rows = flat, flat.view(half._rows.shape)
+        half._view = flat.as_strided(view.shape, view.stride(), view.storage_offset())
+        for index in ("_where", "_rows_of_page"):
+            shape = getattr(half, index).shape
+            setattr(half, index, torch.empty(shape, dtype=torch.int64, device="gpu"))
     return pool
 
 
