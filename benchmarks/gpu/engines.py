@@ -1,6 +1,5 @@
 """vLLM with and without compression on a GPU: the same words at rate 1."""
 
-import os
 from pathlib import Path
 from typing import Any
 
@@ -56,7 +55,6 @@ def same_words(ours: list[Any], plain: list[Any], lead: float) -> int:
 def identity() -> dict[str, Any]:
     """The demo model through an arena that drops nothing, eager and in graphs."""
     need_gpu()
-    os.environ["VLLM_USE_V2_MODEL_RUNNER"] = "0"  # one runner for all: the choice is cached
     import gc
     import random
 

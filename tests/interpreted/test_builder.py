@@ -160,6 +160,15 @@ def test_a_mixed_step_stubs_compressed_rows_and_waits_for_nobody(batch):
     assert step.heads.sequences.tokens.tolist() == [7, 8, 7, 8]
 
 
+def test_a_worker_has_compressed_before_anyone_asks(batch, monkeypatch):
+    compressor, copied = batch.compressor, []
+    monkeypatch.setattr(compressor, "_compact", lambda *args: copied.append(len(args[-1])))
+    compressor.warm_up(HEADS * GROUP, torch.float32)
+    assert copied == [1], "the fewest blocks that compression frees any of"
+    assert not compressor.tables.requests()
+    compressor.check_integrity()
+
+
 def test_without_graphs_an_untouched_decode_step_is_vllms(batch):
     batch.builder.vllm_config.compilation_config.cudagraph_mode = CUDAGraphMode.NONE
     step = batch.builder.build(0, common(batch, [1, 1, 1])).kv_compress

@@ -14,18 +14,26 @@ from engine.engines import (
     propagation_of,
     runner_of,
 )
-from vllm import LLM
+from vllm import LLM, envs
 from vllm.distributed.kv_transfer import get_kv_transfer_group
+from vllm.distributed.kv_transfer.kv_transfer_state import ensure_kv_transfer_shutdown
 
 from vllm_kvcompress.bench.gpu.recorded import CUDAGraph
 from vllm_kvcompress.engine.device_compressor import DeviceCompressor
 
 SAID = 5
+RUNNERS = {"0": "vllm.v1.worker.gpu_model_runner", "1": "vllm.v1.worker.gpu.model_runner"}
 TSP = {"kv_compress": "tsp"}
 
 
 @pytest.mark.timeout(600)
-def test_graphs_steps_without_graphs_and_a_loaded_prompt_say_the_same(monkeypatch, tmp_path):
+@pytest.mark.parametrize("second", ["0", "1"], ids=["first runner", "second runner"])
+def test_graphs_steps_without_graphs_and_a_loaded_prompt_say_the_same(
+    second, monkeypatch, tmp_path
+):
+    monkeypatch.setenv("VLLM_USE_V2_MODEL_RUNNER", second)
+    envs.disable_envs_cache()
+    ensure_kv_transfer_shutdown()
     sizes = {"cudagraph_capture_sizes": [1, 2, 4]}
     store = {"store": str(tmp_path), "levels": [4], "chunk_tokens": 32}
     llm = LLM(
@@ -38,12 +46,13 @@ def test_graphs_steps_without_graphs_and_a_loaded_prompt_say_the_same(monkeypatc
         num_gpu_blocks_override=60,
         enable_prefix_caching=False,
         attention_backend="FLASH_ATTN",
+        kernel_config={"enable_jit_warmup": False},  # of kernels the interpreter cannot run
         compilation_config={"mode": 0, "cudagraph_mode": "FULL_DECODE_ONLY", **sizes},
         additional_config={"kv_compress": {"rate": 4, "window_tokens": 8, "cachegen": store}},
     )
     assert llm.llm_engine.vllm_config.scheduler_config.async_scheduling
     runner, compressor = runner_of(llm), compressor_of(llm)
-    assert type(runner).__module__ == "vllm.v1.worker.gpu_model_runner"
+    assert type(runner).__module__ == RUNNERS[second]
     assert isinstance(compressor, DeviceCompressor)
     rng, replays, replay = Random(3), [], CUDAGraph.replay
 
@@ -75,3 +84,4 @@ def test_graphs_steps_without_graphs_and_a_loaded_prompt_say_the_same(monkeypatc
     assert loaded.cached_tokens == 80, "the window is computed"
     assert loaded.tokens == captured[0].tokens
     compressor.check_integrity()
+    ensure_kv_transfer_shutdown()

@@ -31,6 +31,8 @@ BlockIds = Callable[[str], list[int]]
 
 Tables = PageTables | DeviceTables
 
+NOBODY = "kv-compress warm-up"  # no request of vLLM's is called so
+
 Span = tuple[int, int]
 """A step's part of a request: its first token and how many."""
 
@@ -315,6 +317,32 @@ class Compressor:
         return Candidates.kept_before(
             counts, arena, tail, request.positions, due.point, pool.page_tokens
         )
+
+    def warm_up(self, query_heads: int, dtype: torch.dtype) -> None:
+        """Compress a made-up prompt, so that what compiles at its first call has done so.
+
+        Writes pages: no request may be there yet. Nothing happens where only requests that ask
+        for it are compressed.
+        """
+        pool, settings = self.pool, self._config.settings_or_off(None)
+        if settings is None:
+            return
+        n = pool.page_tokens
+        while (
+            plan := accounting.plan(n, pool.page_tokens, pool.num_blocks, settings)
+        ).first_point != n:
+            n *= 2
+            if n >= pool.num_blocks * pool.page_tokens:
+                return
+        window = QueryWindow(pool.num_layers, max(0, n - settings.window_tokens), n)
+        query = torch.zeros(1, query_heads, pool.head_size, dtype=dtype, device=pool.device)
+        window.queries(query).zero_()
+        self._requests[NOBODY] = _Request(plan, settings, window=window)
+        ids = list(range(pool.num_blocks))
+        arena = ids[-plan.arena_blocks :]
+        self._compress(_Due(NOBODY, n, arena), arena, ids[: n // pool.page_tokens])
+        self.tables.remove(NOBODY)
+        del self._requests[NOBODY]
 
     def check_integrity(self) -> None:
         """Raise unless every compressed request is known and no page is read by two heads."""

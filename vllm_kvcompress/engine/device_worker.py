@@ -46,17 +46,23 @@ class DeviceWorker(PerHeadWorker):
     def make_compressor(self, config: EngineConfig, pool: PagePool, scale: float) -> Compressor:
         rows, _, width = self._sizes()
         self._scratch = Scratch(rows, pool.num_heads, width, pool.device)
-        model = self.vllm_config.model_config  # type: ignore[attr-defined]
-        parallel = self.vllm_config.parallel_config  # type: ignore[attr-defined]
-        group = model.get_num_attention_heads(parallel) // pool.num_heads
+        longest = self.vllm_config.model_config.max_model_len  # type: ignore[attr-defined]
+        group = self._query_heads() // pool.num_heads
         kernels = page_kernels.choose(
-            config.kernels, self._cuda, pool, group, self._scratch, model.max_model_len
+            config.kernels, self._cuda, pool, group, self._scratch, longest
         )
         self._engine.use(kernels.attend)
-        for call in page_kernels.batches(pool, group, self._scratch, model.max_model_len, 1):
+        for call in page_kernels.batches(pool, group, self._scratch, longest, 1):
             self._engine.attend(call)  # whatever it compiles, it compiles now
         judge = DeviceJudge(config, pool, scale, mean_over_ranks)
         return DeviceCompressor(config, pool, judge, rows, width, kernels.compact)
+
+    def compile_or_warm_up_model(self) -> Any:
+        result = super().compile_or_warm_up_model()  # type: ignore[misc]
+        assert self.compressor is not None
+        dtype = self.vllm_config.model_config.dtype  # type: ignore[attr-defined]
+        self.compressor.warm_up(self._query_heads(), dtype)
+        return result
 
     def bind(self, impl: Any, pool: PagePool, pool_layer: int) -> None:
         impl.bind(pool, pool_layer, self._engine)
@@ -72,6 +78,11 @@ class DeviceWorker(PerHeadWorker):
     def _config(self) -> EngineConfig:
         vllm_config = self.vllm_config  # type: ignore[attr-defined]
         return parse_engine_config(vllm_config.additional_config["kv_compress"])
+
+    def _query_heads(self) -> int:
+        """Of this rank."""
+        config = self.vllm_config  # type: ignore[attr-defined]
+        return config.model_config.get_num_attention_heads(config.parallel_config)
 
     def _sizes(self) -> tuple[int, int, int]:
         """Rows of the largest batch, KV heads of this rank, blocks of the longest request."""

@@ -61,12 +61,12 @@ def configured(
     on_device = config.attention_engine != "cpu"
     if not on_device:
         refuse(WITH_CPU_ENGINE, engine_args)
+        os.environ.setdefault("VLLM_USE_V2_MODEL_RUNNER", "0")
         if config.kernels != AUTO:
             raise StartupError(
                 f"kernels={config.kernels} is for GPUs, and attention_engine=cpu uses none of "
                 "them: leave it out"
             )
-    os.environ.setdefault("VLLM_USE_V2_MODEL_RUNNER", "0")
     engine_args.worker_cls = DEVICE_WORKER if on_device else CPU_WORKER
     if engine_args.block_size is None and current_platform.is_cpu():
         engine_args.block_size = CPU_BLOCK_TOKENS
