@@ -15,7 +15,12 @@ from vllm.v1.attention.backends import fa_utils
 
 from vllm_kvcompress.config import ATTENTION_ENGINES
 from vllm_kvcompress.engine.attention import ENGINES, HeadCall, choose
-from vllm_kvcompress.engine.attention.flash_attn import FlashAttentionEngine, _version
+from vllm_kvcompress.engine.attention.flash_attn import (
+    MOST_SPLITS,
+    FlashAttentionEngine,
+    _most_splits,
+    _version,
+)
 from vllm_kvcompress.engine.attention.flashinfer import FlashInferEngine
 from vllm_kvcompress.engine.attention.triton import TritonEngine
 from vllm_kvcompress.engine.attention.xformers import XFormersEngine
@@ -125,6 +130,13 @@ def test_flash_attn(case, monkeypatch):
     call = call_of(*case, dtype=torch.float16)
     FlashAttentionEngine().attend(call)
     assert (call.out.double() - expected(call)).abs().max() < 2e-3
+
+
+def test_flash_attn_makes_no_room_for_splits_of_batches_that_it_never_splits():
+    assert _most_splits(3, 131072, 992) == MOST_SPLITS
+    assert _most_splits(3, 300, 992) == 2
+    assert _most_splits(3, 131072, 993) == 1
+    assert _most_splits(2, 131072, 8) == 0, "FlashAttention 2 chooses itself"
 
 
 def test_flashinfer(monkeypatch):

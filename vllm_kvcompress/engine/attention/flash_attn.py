@@ -12,6 +12,7 @@ from vllm_kvcompress.engine.attention.interface import FLOAT32, AttentionEngine,
 
 MOST_SPLITS = 32  # as vLLM's own in CUDA graphs
 SPLIT_TOKENS = 256
+MOST_SPLIT_SEQUENCES = 992  # a batch that its scheduling kernel sees at once
 
 
 class FlashAttentionEngine(AttentionEngine):
@@ -49,7 +50,7 @@ class FlashAttentionEngine(AttentionEngine):
             block_table=call.tables,
             softcap=call.softcap,
             fa_version=version,
-            num_splits=_most_splits(version, call.longest),
+            num_splits=_most_splits(version, call.longest, len(call.lengths)),
         )
 
 
@@ -58,12 +59,17 @@ def _version(head_size: int, softcap: bool) -> int | None:
     return fa_utils.get_flash_attn_version(head_size=head_size, requires_softcap=softcap)
 
 
-def _most_splits(version: int | None, longest: int) -> int:
+def _most_splits(version: int | None, longest: int, sequences: int) -> int:
     """For FlashAttention 3 a bound, within which its kernels split by the lengths on the device.
 
     Left to itself (0) it makes room for over 100 splits of every sequence, outside of vLLM's
-    memory profile.
+    memory profile. Larger batches than `MOST_SPLIT_SEQUENCES` it never splits, whatever room for
+    that it is given: 32 times the queries of the batch in float32.
     """
     if envs.VLLM_BATCH_INVARIANT:
         return 1
-    return min(MOST_SPLITS, ceil_div(longest, SPLIT_TOKENS)) if version == 3 else 0
+    if version != 3:
+        return 0
+    if sequences > MOST_SPLIT_SEQUENCES:
+        return 1
+    return min(MOST_SPLITS, ceil_div(longest, SPLIT_TOKENS))
