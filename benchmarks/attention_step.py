@@ -79,7 +79,7 @@ class Cache:
         import torch
         from vllm.v1.attention.backends import cpu_attn
 
-        from vllm_kvcompress.engine.cpu import KVCompressCPUWorker
+        from vllm_kvcompress.paging.formats import page_format
         from vllm_kvcompress.paging.pool import PagePool
 
         self.shape, self.point, self.spread = shape, point, spread
@@ -95,9 +95,13 @@ class Cache:
         by_block = flat.view(blocks, L, H, B, 2 * D)
         views = [by_block[:, l] for l in range(L)]
         isa = cpu_attn._get_attn_isa(self.dtype, B, D, "auto")
-        self.layer: Any = SimpleNamespace(isa=isa, _k_scale_float=1.0, _v_scale_float=1.0)
-        page_format = KVCompressCPUWorker.page_format(None, self.layer, views[0])  # type: ignore
-        self.pool = PagePool(views, page_format)
+        self.layer: Any = SimpleNamespace(
+            isa=isa,
+            attn_backend=cpu_attn.CPUAttentionBackend,
+            _k_scale_float=1.0,
+            _v_scale_float=1.0,
+        )
+        self.pool = PagePool(views, page_format(self.layer, views[0]))
         scattered = list(range(blocks))
         random.Random(seed).shuffle(scattered)
         self.blocks = [scattered[r * each : (r + 1) * each] for r in range(point.requests)]

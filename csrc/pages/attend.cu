@@ -48,7 +48,7 @@ struct Shape {
 };
 
 template <typename T, int LANES, int VECTORS, int GROUP>
-__global__ void __launch_bounds__(THREADS, GROUP > 4 ? 3 : 4) attend_split(kvc_attention a) {
+__global__ void __launch_bounds__(THREADS, GROUP > 4 ? 2 : GROUP > 2 ? 3 : 4) attend_split(kvc_attention a) {
     using Here = Shape<T, LANES, VECTORS, GROUP>;
     constexpr int SIZE = Vector<T>::SIZE, WIDTH = Here::WIDTH;
     constexpr int TEAMS = Here::TEAMS, AHEAD = Here::AHEAD, STAGES = Here::STAGES;
@@ -214,7 +214,7 @@ __global__ void __launch_bounds__(THREADS) join_splits(kvc_attention a) {
     T* const out = static_cast<T*>(a.out) + sequence * a.out_stride + head * a.out_head_stride;
     for (int at = threadIdx.x; at < a.head_size; at += THREADS) {
         float sum = 0.0f, result = 0.0f;
-#pragma unroll 8
+#pragma unroll 4
         for (int split = 0; split < a.splits; ++split) {
             const float weight = a.weights[split * rows + row];
             const bool written = weight != -INFINITY;
