@@ -1,6 +1,7 @@
 """Options that several commands have, and lists as people type them: `--rates 1 8`."""
 
 from collections.abc import Iterable, Sequence
+from itertools import pairwise
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -75,12 +76,18 @@ class ListCommand(BenchCommand):
 
 
 def repeat_options(arguments: Sequence[str], options: Iterable[str]) -> list[str]:
-    """`--rates 1 8` as `--rates 1 --rates 8`, which is how the parser knows lists."""
+    """`--rates 1 8` as `--rates 1 --rates 8`, which is how the parser knows lists.
+
+    Raises:
+        BadParameter: an option of the lists has no value.
+    """
     lists, out = set(options), []
     current: str | None = None
-    for argument in arguments:
+    for argument, following in pairwise([*arguments, "--"]):
         if argument in lists:
             current = argument
+            if following.startswith("--"):
+                raise BadParameter(f"option {argument} requires a value")
         elif current is None or argument.startswith("--"):
             current = None
             out.append(argument)

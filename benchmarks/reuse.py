@@ -57,13 +57,26 @@ class Round:
     parts_ms: dict[str, float] = field(default_factory=dict)  # of the loaded one
 
 
+@contextmanager
+def answering(url: httpx.URL) -> Iterator[None]:
+    """Raises BenchError where the server does not."""
+    try:
+        yield
+    except (httpx.HTTPError, httpx.InvalidURL) as error:
+        raise BenchError(f"no answer from {url}: {error}") from None
+
+
 class Client:
-    """Asks one server."""
+    """Asks one server. All of it raises BenchError where none answers."""
 
     def __init__(self, url: str, model: str, api_key: str = "") -> None:
         headers = {"Authorization": f"Bearer {api_key}"} if api_key else {}
         self._http = httpx.Client(base_url=url, headers=headers, timeout=TIMEOUT_S)
-        self._model = model or self._http.get("/v1/models").json()["data"][0]["id"]
+        self._model = model or self._get("/v1/models").json()["data"][0]["id"]
+
+    def _get(self, path: str) -> httpx.Response:
+        with answering(self._http.base_url):
+            return self._http.get(path)
 
     def ask(self, prompt: Sequence[int], tokens: int = OUTPUT_TOKENS, **more: Any) -> Said:
         """A greedy completion. Raises BenchError with the server's words where it refuses."""
@@ -76,7 +89,10 @@ class Client:
             **more,
         }
         began, first, text = time.perf_counter(), None, []
-        with self._http.stream("POST", "/v1/completions", json=body) as answer:
+        with (
+            answering(self._http.base_url),
+            self._http.stream("POST", "/v1/completions", json=body) as answer,
+        ):
             if answer.is_error:
                 raise BenchError(answer.read().decode()[:500])
             for line in answer.iter_lines():
@@ -90,7 +106,7 @@ class Client:
     def stored_chunks(self) -> float:
         """Chunks it has put into the store; figures come with engine steps, so it takes one."""
         self.ask([FIRST_WORD], tokens=1)
-        lines = self._http.get("/metrics").text.splitlines()
+        lines = self._get("/metrics").text.splitlines()
         return sum(float(line.rsplit(" ", 1)[1]) for line in lines if line.startswith(STORED))
 
     def wait_until_stored(self, chunks: float) -> None:
@@ -104,7 +120,7 @@ class Client:
     def last_timeline(self) -> dict[str, Any]:
         """Of the last request that was loaded for; empty on a server that tells none."""
         self.ask([FIRST_WORD], tokens=1)
-        stats = self._http.get(STATS)
+        stats = self._get(STATS)
         told = stats.json().get("cachegen_timelines") if stats.is_success else None
         return told[-1] if told else {}
 

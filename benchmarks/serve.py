@@ -245,6 +245,10 @@ def main(
     threads = threads or len(os.sched_getaffinity(0))
     if not url:
         existing_model(model)
+    try:
+        more = shlex.split(server_args)
+    except ValueError as error:
+        raise typer.BadParameter(f"--server-args {server_args}: {error}") from None
     chosen = rates or [2, 8]
     if any(rate <= 1 for rate in chosen):
         raise typer.BadParameter("rates must be above 1; the row `off` keeps everything")
@@ -272,7 +276,7 @@ def main(
         batched_tokens,
         dtype,
         eager,
-        shlex.split(server_args),
+        more,
     )
     refused: dict[str, str] = {}
     with ExitStack() as stack:

@@ -187,6 +187,12 @@ def test_the_last_exception_is_why_an_engine_ended():
     ]
     assert last_words(log) == "FP8 KV cache on CPU requires x86 with AVX-512 or AMX."
     assert last_words(["only this"]) == "only this"
+    invalid = [
+        "pydantic_core._pydantic_core.ValidationError: 1 validation error for ModelConfig",
+        "  Value error, max_model_len is too large [type=value_error, input_value=1]",
+        "    For further information visit a page",
+    ]
+    assert last_words(invalid) == "max_model_len is too large"
 
 
 def test_plain_vllm_and_fp8_do_not_load_the_plugin():
