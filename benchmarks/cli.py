@@ -60,4 +60,4 @@ app.command("report", cls=BenchCommand)(report.main)
 )
 def gpu(context: typer.Context) -> None:
     """What only a GPU can say: kernels, graphs, identity, bandwidth, throughput (8 minutes)."""
-    raise typer.Exit(gpu_check.main(context.args))
+    raise typer.Exit(gpu_check.main(context.args, context.command_path))

@@ -250,7 +250,12 @@ def draw(named: Sequence[tuple[str, Sequence[Measured]]], path: Path) -> None:
 
 def main(
     model: Annotated[
-        str, typer.Option(callback=existing_model, help="Whose real KV to take.")
+        str,
+        typer.Option(
+            callback=existing_model,
+            help="Whose real KV to take.",
+            show_default="the shipped demo model",
+        ),
     ] = str(MODEL),
     tokens: Annotated[int, typer.Option(help="Tokens of each input.", min=2)] = 1024,
     chunk_tokens: Annotated[int, typer.Option(help="Tokens per chunk.", min=1)] = 256,
