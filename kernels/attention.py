@@ -211,7 +211,7 @@ def _attend_split(
         tl.store(weights + row, peak + tl.log(total), mask=in_group)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["sequences", "splits"])
 def _join_splits(
     partial,
     weights,

@@ -78,7 +78,7 @@ def compact_reference(
         values[target] = values[source]
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["tokens", "pages"])
 def _copy_page(
     keys,
     values,

@@ -19,6 +19,8 @@ from vllm_kvcompress.kernels.dot import dot
 
 BLOCK_ROWS, BLOCK_TOKENS = 64, 64
 SPLIT_TOKENS = 1024
+# Numbers that differ from prompt to prompt: none of them is worth compiling a kernel again.
+PER_PROMPT = ["window", "tokens", "position_stride", "table_stride"]
 
 
 @dataclass(frozen=True)
@@ -207,7 +209,7 @@ def _logits(
     return tl.where(seen, logits, float("-inf")), asked_at, stands_at
 
 
-@triton.jit
+@triton.jit(do_not_specialize=PER_PROMPT)
 def _sum_exponentials(
     queries,
     query_positions,
@@ -277,7 +279,7 @@ def _sum_exponentials(
     tl.store(at, denominator, mask=wanted)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=PER_PROMPT)
 def _reduce_queries(
     queries,
     query_positions,
@@ -363,7 +365,7 @@ def _reduce_queries(
         tl.store(at, received, mask=token < tokens)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["tokens"])
 def _pool_and_group(
     mass,
     scores,

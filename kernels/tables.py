@@ -14,7 +14,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-BLOCK = 128
+BLOCK = 512
+MOST_PROGRAMS = 4  # per head: most heads are far shorter than their tables are wide
 
 
 @dataclass(frozen=True)
@@ -48,6 +49,11 @@ class Arenas:
             torch.zeros(slots, dtype=torch.int32, device=device),
             torch.zeros(slots, dtype=torch.int32, device=device),
         )
+
+    @staticmethod
+    def bytes_of(slots: int, layers: int, heads: int, most_blocks: int) -> int:
+        """Device memory of `allocate`."""
+        return 4 * slots * (most_blocks + layers * heads + 3)
 
     def put(self, slot: int, blocks: Tensor, pages: Tensor, tail_start_block: int) -> None:
         """Enter a compressed request; `pages` stays on the device.
@@ -109,7 +115,8 @@ def fill_tables(
     layers, rows, heads, width = tables.shape
     if not rows:
         return
-    _write_tables[(rows * heads, layers, triton.cdiv(width, BLOCK))](
+    programs = min(MOST_PROGRAMS, triton.cdiv(width, BLOCK))
+    _write_tables[(rows * heads, layers, programs)](
         arenas.blocks,
         arenas.starts,
         arenas.tails,
@@ -163,7 +170,7 @@ def fill_tables_reference(
     return found
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["first_layer", "rows"])
 def _write_tables(
     arena_blocks,
     starts,
@@ -198,18 +205,20 @@ def _write_tables(
     tail_tokens = seq_len - tail * PAGE_TOKENS
     pages = kept + tl.cdiv(tail_tokens, PAGE_TOKENS)
 
-    column = tl.program_id(2) * BLOCK + tl.arange(0, BLOCK)
-    used = column < tl.minimum(pages, width)
-    ordinal = start + column
-    arena_at = arena_blocks + slot * arena_stride + ordinal // LANES
-    arena_block = tl.load(arena_at, mask=used & (column < in_arena), other=0)
-    natural = tl.where(column < kept, column, tail + column - kept)
-    natural_at = block_table + row.to(tl.int64) * table_stride + natural
-    natural_block = tl.load(natural_at, mask=used & (column >= in_arena), other=0)
-    page = tl.where(
-        column < in_arena, arena_block * LANES + ordinal % LANES, natural_block * LANES + lane
-    )
     sequence = (layer * rows + row).to(tl.int64) * HEADS + head
-    tl.store(tables + sequence * width + column, page, mask=used)
+    end = tl.minimum(pages, width)
+    for first in range(tl.program_id(2) * BLOCK, end, tl.num_programs(2) * BLOCK):
+        column = first + tl.arange(0, BLOCK)
+        used = column < end
+        ordinal = start + column
+        arena_at = arena_blocks + slot * arena_stride + ordinal // LANES
+        arena_block = tl.load(arena_at, mask=used & (column < in_arena), other=0)
+        natural = tl.where(column < kept, column, tail + column - kept)
+        natural_at = block_table + row.to(tl.int64) * table_stride + natural
+        natural_block = tl.load(natural_at, mask=used & (column >= in_arena), other=0)
+        page = tl.where(
+            column < in_arena, arena_block * LANES + ordinal % LANES, natural_block * LANES + lane
+        )
+        tl.store(tables + sequence * width + column, page, mask=used)
     if tl.program_id(2) == 0:
         tl.store(lengths + sequence, kept * PAGE_TOKENS + tail_tokens)

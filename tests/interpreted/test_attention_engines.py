@@ -15,7 +15,12 @@ from vllm.v1.attention.backends import fa_utils
 
 from vllm_kvcompress.config import ATTENTION_ENGINES
 from vllm_kvcompress.engine.attention import ENGINES, HeadCall, choose
-from vllm_kvcompress.engine.attention.flash_attn import FlashAttentionEngine, _version
+from vllm_kvcompress.engine.attention.flash_attn import (
+    MOST_SPLITS,
+    FlashAttentionEngine,
+    _most_splits,
+    _version,
+)
 from vllm_kvcompress.engine.attention.flashinfer import FlashInferEngine
 from vllm_kvcompress.engine.attention.triton import TritonEngine
 from vllm_kvcompress.engine.attention.xformers import XFormersEngine
@@ -125,6 +130,23 @@ def test_flash_attn(case, monkeypatch):
     call = call_of(*case, dtype=torch.float16)
     FlashAttentionEngine().attend(call)
     assert (call.out.double() - expected(call)).abs().max() < 2e-3
+
+
+def test_flash_attn_makes_no_room_for_splits_of_batches_that_it_never_splits():
+    decode = 4 * 128  # elements of one sequence: an 8B model's
+    assert _most_splits(3, 131072, 992, 992 * decode) == MOST_SPLITS
+    assert _most_splits(3, 300, 992, 992 * decode) == 2
+    assert _most_splits(3, 131072, 993, 993 * decode) == 1
+    assert _most_splits(2, 131072, 8, 8 * decode) == 0, "FlashAttention 2 chooses itself"
+
+
+def test_flash_attn_makes_bounded_room_for_splits_of_many_queries():
+    one_token = 8 * 4 * 128
+    for tokens in (1, 100, 512, 8192):
+        splits = _most_splits(3, 131072, 8, tokens * one_token)
+        assert splits == 1 or splits * tokens * one_token * 4 <= 64 << 20
+    assert _most_splits(3, 131072, 8, 100 * one_token) == MOST_SPLITS
+    assert splits == 1
 
 
 def test_flashinfer(monkeypatch):

@@ -1,5 +1,6 @@
 """What a step's metadata promises CUDA graphs: fixed addresses, and nobody waits for the device."""
 
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -20,6 +21,7 @@ from vllm_kvcompress.engine.device import HeadPathBuilder
 from vllm_kvcompress.engine.device_batch import Scratch
 from vllm_kvcompress.engine.device_compressor import DeviceCompressor
 from vllm_kvcompress.engine.device_judge import DeviceJudge
+from vllm_kvcompress.engine.device_worker import DeviceWorker
 from vllm_kvcompress.engine.judge import Judge
 from vllm_kvcompress.engine.propagation import Propagation
 from vllm_kvcompress.engine.runners import ANY, FULL, FirstRunner, SecondRunner, runner_of
@@ -167,6 +169,42 @@ def test_a_worker_has_compressed_before_anyone_asks(batch, monkeypatch):
     assert copied == [1], "the fewest blocks that compression frees any of"
     assert not compressor.tables.requests()
     compressor.check_integrity()
+
+
+def test_the_made_up_prompt_is_as_long_as_the_window(batch, monkeypatch):
+    compressor, windows = batch.compressor, []
+    settings = replace(EngineConfig().settings_or_off(None), window_tokens=3 * B)
+    monkeypatch.setattr(EngineConfig, "settings_or_off", lambda *_: settings)
+    scored = compressor.judge.scores
+    monkeypatch.setattr(
+        compressor.judge,
+        "scores",
+        lambda policy, found, window: windows.append(window) or scored(policy, found, window),
+    )
+    compressor.warm_up(HEADS * GROUP, torch.float32)
+    assert [len(window.positions()) for window in windows] == [3 * B]
+
+
+def test_a_worker_compresses_before_vllm_looks_for_late_compilers():
+    order = []
+
+    class VllmWorker:
+        vllm_config = SimpleNamespace(
+            model_config=SimpleNamespace(
+                dtype=torch.float32, get_num_attention_heads=lambda parallel: 4
+            ),
+            parallel_config=None,
+        )
+
+        def compile_or_warm_up_model(self):
+            order.append("vLLM")
+            return "its answer"
+
+    class Worker(DeviceWorker, VllmWorker):
+        compressor = SimpleNamespace(warm_up=lambda heads, dtype: order.append((heads, dtype)))
+
+    assert Worker().compile_or_warm_up_model() == "its answer"
+    assert order == [(4, torch.float32), "vLLM"]
 
 
 def test_without_graphs_an_untouched_decode_step_is_vllms(batch):

@@ -94,7 +94,8 @@ def source(kernel: Any, launch: dict[str, Any]) -> ASTSource:
     signature, constants, hints = {}, {}, {}
     for index, parameter in enumerate(kernel.params):
         name, value = parameter.name, launch[parameter.name]
-        if parameter.is_constexpr or (isinstance(value, int) and value == 1):
+        worth_it = not parameter.do_not_specialize
+        if parameter.is_constexpr or (worth_it and isinstance(value, int) and value == 1):
             signature[name], constants[(index,)] = "constexpr", value
         elif isinstance(value, torch.Tensor):
             signature[name], hints[(index,)] = POINTERS[value.dtype], ALIGNED
@@ -102,7 +103,7 @@ def source(kernel: Any, launch: dict[str, Any]) -> ASTSource:
             signature[name] = "fp32"
         else:
             signature[name] = "i32"
-            if value % 16 == 0:
+            if worth_it and value % 16 == 0:
                 hints[(index,)] = ALIGNED
     return ASTSource(kernel, signature, constants, hints)
 

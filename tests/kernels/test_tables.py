@@ -10,6 +10,7 @@ from vllm_kvcompress.kernels import (
     head_slots,
     head_slots_reference,
 )
+from vllm_kvcompress.kernels import tables as tables_module
 
 LAYERS, HEADS, B, WIDTH = 3, 2, 16, 12
 LANES = LAYERS * HEADS
@@ -74,6 +75,22 @@ def test_mixed_batch_equals_the_page_by_page_reference():
     table, seq_lens = batch([6 * B + 1, 5, 7 * B, 9 * B + 15, 10 * B, 9 * B - 1])
     tables, lengths = filled(arenas, slots, table, seq_lens)
     check(arenas, slots, table, seq_lens, tables, lengths)
+
+
+def test_few_programs_write_a_long_table_in_turns(monkeypatch):
+    monkeypatch.setattr(tables_module, "BLOCK", 2)
+    monkeypatch.setattr(tables_module, "MOST_PROGRAMS", 2)
+    arenas = arenas_with([1, 3, 2])
+    slots = torch.tensor([4, -1, 2, 0], dtype=torch.int32)
+    table, seq_lens = batch([6 * B + 1, 11 * B + 3, 12 * B, 0])
+    tables, lengths = filled(arenas, slots, table, seq_lens)
+    check(arenas, slots, table, seq_lens, tables, lengths)
+
+
+def test_room_for_arenas_is_what_they_take():
+    arenas = Arenas.allocate(5, LAYERS, HEADS, 7, "cpu")
+    parts = (arenas.blocks, arenas.starts, arenas.tails, arenas.held)
+    assert Arenas.bytes_of(5, LAYERS, HEADS, 7) == sum(part.nbytes for part in parts)
 
 
 @pytest.mark.parametrize("layer", range(LAYERS))

@@ -327,7 +327,7 @@ class Compressor:
         pool, settings = self.pool, self._config.settings_or_off(None)
         if settings is None:
             return
-        n = pool.page_tokens
+        n = accounting.ceil_div(max(1, settings.window_tokens), pool.page_tokens) * pool.page_tokens
         while (
             plan := accounting.plan(n, pool.page_tokens, pool.num_blocks, settings)
         ).first_point != n:

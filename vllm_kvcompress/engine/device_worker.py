@@ -16,6 +16,7 @@ from vllm_kvcompress.engine.device_batch import Scratch
 from vllm_kvcompress.engine.device_compressor import DeviceCompressor
 from vllm_kvcompress.engine.device_judge import DeviceJudge
 from vllm_kvcompress.engine.worker import PerHeadWorker, mean_over_ranks
+from vllm_kvcompress.kernels import Arenas
 from vllm_kvcompress.paging.pool import PagePool
 
 BACKENDS = {
@@ -58,11 +59,11 @@ class DeviceWorker(PerHeadWorker):
         return DeviceCompressor(config, pool, judge, rows, width, kernels.compact)
 
     def compile_or_warm_up_model(self) -> Any:
-        result = super().compile_or_warm_up_model()  # type: ignore[misc]
+        """Compression first: behind its own warm-up vLLM reports, or refuses, what compiles."""
         assert self.compressor is not None
         dtype = self.vllm_config.model_config.dtype  # type: ignore[attr-defined]
         self.compressor.warm_up(self._query_heads(), dtype)
-        return result
+        return super().compile_or_warm_up_model()  # type: ignore[misc]
 
     def bind(self, impl: Any, pool: PagePool, pool_layer: int) -> None:
         impl.bind(pool, pool_layer, self._engine)
@@ -72,8 +73,12 @@ class DeviceWorker(PerHeadWorker):
         builder.scratch = self._scratch
 
     def reserved_bytes(self, config: EngineConfig) -> int:
-        own = Scratch.bytes_of(*self._sizes()) + self._engine.workspace_bytes
-        return super().reserved_bytes(config) + own
+        rows, heads, width = self._sizes()
+        layers = self.vllm_config.model_config.get_num_layers(  # type: ignore[attr-defined]
+            self.vllm_config.parallel_config  # type: ignore[attr-defined]
+        )
+        own = Scratch.bytes_of(rows, heads, width) + Arenas.bytes_of(rows, layers, heads, width)
+        return super().reserved_bytes(config) + own + self._engine.workspace_bytes
 
     def _config(self) -> EngineConfig:
         vllm_config = self.vllm_config  # type: ignore[attr-defined]

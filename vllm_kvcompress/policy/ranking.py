@@ -57,7 +57,7 @@ def largest(values: Tensor, counts: Tensor, ranked: Tensor | None = None) -> Ten
     above = values > threshold
     equal = values == threshold
     free = counts.unsqueeze(-1) - above.sum(dim=-1, keepdim=True)
-    return above | (equal & (equal.cumsum(dim=-1) <= free))
+    return above | (equal & (equal.cumsum(dim=-1, dtype=torch.int32) <= free))
 
 
 def indices_of(mask: Tensor, count: int) -> Tensor:

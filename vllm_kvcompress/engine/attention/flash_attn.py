@@ -12,6 +12,8 @@ from vllm_kvcompress.engine.attention.interface import FLOAT32, AttentionEngine,
 
 MOST_SPLITS = 32  # as vLLM's own in CUDA graphs
 SPLIT_TOKENS = 256
+MOST_SPLIT_SEQUENCES = 992  # a batch that its scheduling kernel sees at once
+MOST_PARTIAL_ELEMENTS = 1 << 24  # of all splits' float32 results together: 64 MiB
 
 
 class FlashAttentionEngine(AttentionEngine):
@@ -49,7 +51,7 @@ class FlashAttentionEngine(AttentionEngine):
             block_table=call.tables,
             softcap=call.softcap,
             fa_version=version,
-            num_splits=_most_splits(version, call.longest),
+            num_splits=_most_splits(version, call.longest, len(call.lengths), call.queries.numel()),
         )
 
 
@@ -58,12 +60,20 @@ def _version(head_size: int, softcap: bool) -> int | None:
     return fa_utils.get_flash_attn_version(head_size=head_size, requires_softcap=softcap)
 
 
-def _most_splits(version: int | None, longest: int) -> int:
+def _most_splits(version: int | None, longest: int, sequences: int, elements: int) -> int:
     """For FlashAttention 3 a bound, within which its kernels split by the lengths on the device.
 
-    Left to itself (0) it makes room for over 100 splits of every sequence, outside of vLLM's
-    memory profile.
+    It makes room for every split of all queries, outside of vLLM's memory profile; left to itself
+    (0) for over 100. Larger batches than `MOST_SPLIT_SEQUENCES` it never splits.
+
+    Args:
+        elements: of the queries of the batch.
     """
     if envs.VLLM_BATCH_INVARIANT:
         return 1
-    return min(MOST_SPLITS, ceil_div(longest, SPLIT_TOKENS)) if version == 3 else 0
+    if version != 3:
+        return 0
+    if sequences > MOST_SPLIT_SEQUENCES:
+        return 1
+    room = max(1, MOST_PARTIAL_ELEMENTS // elements)
+    return min(MOST_SPLITS, ceil_div(longest, SPLIT_TOKENS), room)
