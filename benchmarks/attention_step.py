@@ -9,6 +9,7 @@ from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 from vllm_kvcompress.bench.engine import BLOCK_TOKENS, MODEL
+from vllm_kvcompress.bench.errors import BenchError
 
 
 @dataclass(frozen=True)
@@ -61,11 +62,11 @@ class Attention:
 
 
 def load_kernels() -> None:
-    """Raises SystemExit where vLLM is not built for CPUs."""
+    """Raises BenchError where vLLM is not built for CPUs."""
     from vllm.platforms import current_platform
 
     if not current_platform.is_cpu():
-        raise SystemExit("bench attention measures vLLM's CPU kernel; this vLLM is not for CPUs")
+        raise BenchError("bench attention measures vLLM's CPU kernel; this vLLM is not for CPUs")
     current_platform.import_kernels()
 
 

@@ -15,7 +15,7 @@ from tqdm import tqdm
 from vllm_kvcompress.bench.child import Child
 from vllm_kvcompress.bench.engine import BLOCK_TOKENS, MODEL, EngineSpec, Round, Workload
 from vllm_kvcompress.bench.harness import write_report
-from vllm_kvcompress.bench.options import Threads
+from vllm_kvcompress.bench.options import BenchCommand, Model, Threads
 
 LINES = {
     "plain vLLM": (None, "#8a8f98"),
@@ -82,13 +82,13 @@ def plot(rounds: Mapping[str, Round], work: Workload, path: Path) -> None:
 app = typer.Typer(add_completion=False)
 
 
-@app.command()
+@app.command(cls=BenchCommand)
 def main(
     prompts: Annotated[int, typer.Option(help="Requests, submitted at once.")] = 16,
     prompt_tokens: Annotated[int, typer.Option(help="Tokens per prompt.")] = 2048,
     output_tokens: Annotated[int, typer.Option(help="Tokens generated per request.")] = 512,
     threads: Threads = 0,
-    model: Annotated[str, typer.Option(help="A model folder or name.")] = str(MODEL),
+    model: Model = str(MODEL),
     json: Annotated[Path | None, typer.Option(help="Write the lines there.")] = None,
     plot_file: Annotated[Path, typer.Option("--plot", help="Write the figure there.")] = Path(
         "docs/img/blocks_over_time.png"

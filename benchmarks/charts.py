@@ -4,6 +4,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+from vllm_kvcompress.bench.errors import BenchError
 from vllm_kvcompress.bench.harness import Summary
 
 COLOURS = ["#2f6fb3", "#d2691e", "#3a8f5c", "#8e5bb5", "#b8860b", "#c0392b"]
@@ -68,7 +69,7 @@ def save(figure: Any, path: Path, caption: str = "") -> None:
     """Write the figure, with a caption below, and forget it.
 
     Raises:
-        SystemExit: with one line, when the file cannot be written.
+        BenchError: with one line, when the file cannot be written.
     """
     import textwrap
 
@@ -83,6 +84,6 @@ def save(figure: Any, path: Path, caption: str = "") -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         figure.savefig(path, dpi=DPI)
     except OSError as error:
-        raise SystemExit(f"cannot write {path}: {error.strerror}") from None
+        raise BenchError(f"cannot write {path}: {error.strerror}") from None
     finally:
         pyplot.close(figure)

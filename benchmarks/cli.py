@@ -14,7 +14,7 @@ from vllm_kvcompress.bench import (
     stream,
     throughput,
 )
-from vllm_kvcompress.bench.options import ListCommand
+from vllm_kvcompress.bench.options import BenchCommand, ListCommand
 from vllm_kvcompress.bench.parity import command as parity
 from vllm_kvcompress.bench.quality import command as quality
 from vllm_kvcompress.bench.report import command as report
@@ -47,10 +47,10 @@ app.command("throughput", cls=ListCommand)(throughput.main)
 app.command("serve", cls=ListCommand)(serve.main)
 app.command("attention", cls=ListCommand)(attention.main)
 app.command("prefill", cls=ListCommand)(prefill.main)
-app.command("reuse")(reuse.main)
-app.command("codec")(codec.main)
+app.command("reuse", cls=BenchCommand)(reuse.main)
+app.command("codec", cls=BenchCommand)(codec.main)
 app.command("stream", cls=ListCommand)(stream.main)
-app.command("report")(report.main)
+app.command("report", cls=BenchCommand)(report.main)
 
 
 @app.command(
@@ -60,4 +60,4 @@ app.command("report")(report.main)
 )
 def gpu(context: typer.Context) -> None:
     """What only a GPU can say: kernels, graphs, identity, bandwidth, throughput (8 minutes)."""
-    raise typer.Exit(gpu_check.main(context.args))
+    raise typer.Exit(gpu_check.main(context.args, context.command_path))

@@ -20,6 +20,7 @@ from vllm_kvcompress.bench.codec_sizes import DTYPE, Size
 from vllm_kvcompress.bench.engine import MODEL
 from vllm_kvcompress.bench.harness import Summary, Verdict, paired_ratio, write_report
 from vllm_kvcompress.bench.lmcache_process import Lmcache, LmcacheFailed, default_bins
+from vllm_kvcompress.bench.options import existing_model
 from vllm_kvcompress.bench.table import Table
 from vllm_kvcompress.transport.chunks import ChunkCodec
 from vllm_kvcompress.transport.codec import as_bits, instruction_sets
@@ -248,7 +249,14 @@ def draw(named: Sequence[tuple[str, Sequence[Measured]]], path: Path) -> None:
 
 
 def main(
-    model: Annotated[str, typer.Option(help="Whose real KV to take.")] = str(MODEL),
+    model: Annotated[
+        str,
+        typer.Option(
+            callback=existing_model,
+            help="Whose real KV to take.",
+            show_default="the shipped demo model",
+        ),
+    ] = str(MODEL),
     tokens: Annotated[int, typer.Option(help="Tokens of each input.", min=2)] = 1024,
     chunk_tokens: Annotated[int, typer.Option(help="Tokens per chunk.", min=1)] = 256,
     layers: Annotated[int, typer.Option(help="Layers of the synthetic input.", min=1)] = 4,

@@ -24,6 +24,7 @@ from vllm_kvcompress.bench.demo_model.evaluate import Encoded, Reader
 from vllm_kvcompress.bench.demo_model.language import many_facts_task, needle_task
 from vllm_kvcompress.bench.harness import write_report
 from vllm_kvcompress.bench.lmcache_process import Lmcache
+from vllm_kvcompress.bench.options import BenchCommand
 from vllm_kvcompress.transport.chunks import ChunkCodec
 from vllm_kvcompress.transport.codec import as_bits, as_floats
 from vllm_kvcompress.transport.levels import (
@@ -215,7 +216,7 @@ def ask(
 app = typer.Typer(add_completion=False, rich_markup_mode="markdown")
 
 
-@app.command()
+@app.command(cls=BenchCommand)
 def main(
     prompts: Annotated[int, typer.Option(help="Prompts, half needles, half many facts.")] = 300,
     tokens: Annotated[int, typer.Option(help="Tokens per prompt, about.")] = 1024,

@@ -138,9 +138,9 @@ def beside_plain(results: Mapping[str, Mapping[str, Any]]) -> list[dict[str, Any
     return rows
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
+def main(arguments: Sequence[str] | None = None, prog: str | None = None) -> int:
     """Run the sections; 1 where one has failed or timed out."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(prog, description=__doc__.splitlines()[0])
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the whole report there")
     parser.add_argument("--rehearse", action="store_true", help="on a GPU that is only pretended")
     parser.add_argument("--only", nargs="+", choices=LIMITS_S, default=list(LIMITS_S))

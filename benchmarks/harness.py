@@ -15,6 +15,7 @@ from statistics import median
 from typing import Any
 
 from vllm_kvcompress.bench.engine import MODEL
+from vllm_kvcompress.bench.errors import BenchError
 from vllm_kvcompress.bench.table import Table
 
 SCRIPT = "vllm-kvcompress"
@@ -124,7 +125,7 @@ def write_report(
         plots: image files; those beside the report, or below it, are shown by `bench report`.
 
     Raises:
-        SystemExit: with one line, when the file cannot be written.
+        BenchError: with one line, when the file cannot be written.
     """
     report = {
         "bench": bench,
@@ -141,7 +142,7 @@ def write_report(
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(json.dumps(report, indent=1) + "\n")
     except OSError as error:
-        raise SystemExit(f"cannot write {path}: {error.strerror}") from None
+        raise BenchError(f"cannot write {path}: {error.strerror}") from None
 
 
 def command_line(arguments: Sequence[str]) -> str:

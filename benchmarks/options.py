@@ -1,10 +1,14 @@
 """Options that several commands have, and lists as people type them: `--rates 1 8`."""
 
 from collections.abc import Iterable, Sequence
-from typing import Annotated
+from itertools import pairwise
+from pathlib import Path
+from typing import Annotated, Any
 
-from typer import BadParameter, Context, Option
+from typer import BadParameter, Context, Exit, Option, echo
 from typer.core import TyperCommand, TyperOption
+
+from vllm_kvcompress.bench.errors import BenchError
 
 
 def _in_heads_of_64(hidden: int) -> int:
@@ -19,6 +23,14 @@ def _known_dtype(dtype: str) -> str:
     return dtype
 
 
+def existing_model(model: str | None) -> str | None:
+    """Raises BadParameter where a model is written as a folder that is not there."""
+    if model and model.startswith(("/", ".", "~")) and not Path(model).expanduser().is_dir():
+        raise BadParameter(f"there is no model folder {model}")
+    return model
+
+
+CANNOT_MEASURE = 2
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 _AS_VLLMS = f"As vLLM's: {', '.join(DTYPES)}."
 Dtype = Annotated[str, Option(callback=_known_dtype, help=_AS_VLLMS)]
@@ -26,6 +38,14 @@ ModelsDtype = Annotated[
     str, Option(callback=_known_dtype, help=_AS_VLLMS, show_default="the model's")
 ]
 Threads = Annotated[int, Option(min=0, help="OpenMP threads; 0: all cores.")]
+Model = Annotated[
+    str,
+    Option(
+        callback=existing_model,
+        help="A model folder or Hugging Face id.",
+        show_default="the shipped demo model",
+    ),
+]
 Hidden = Annotated[
     int,
     Option(
@@ -36,7 +56,18 @@ Hidden = Annotated[
 ]
 
 
-class ListCommand(TyperCommand):
+class BenchCommand(TyperCommand):
+    """A command that ends with one line and exit code 2 where it cannot measure."""
+
+    def invoke(self, ctx: Context) -> Any:
+        try:
+            return super().invoke(ctx)
+        except BenchError as error:
+            echo(f"{ctx.command_path}: {error}", err=True)
+            raise Exit(CANNOT_MEASURE) from None
+
+
+class ListCommand(BenchCommand):
     """A command whose options of many values take them all behind one flag."""
 
     def parse_args(self, ctx: Context, args: list[str]) -> list[str]:
@@ -45,12 +76,18 @@ class ListCommand(TyperCommand):
 
 
 def repeat_options(arguments: Sequence[str], options: Iterable[str]) -> list[str]:
-    """`--rates 1 8` as `--rates 1 --rates 8`, which is how the parser knows lists."""
+    """`--rates 1 8` as `--rates 1 --rates 8`, which is how the parser knows lists.
+
+    Raises:
+        BadParameter: an option of the lists has no value.
+    """
     lists, out = set(options), []
     current: str | None = None
-    for argument in arguments:
+    for argument, following in pairwise([*arguments, "--"]):
         if argument in lists:
             current = argument
+            if following.startswith("--"):
+                raise BadParameter(f"option {argument} requires a value")
         elif current is None or argument.startswith("--"):
             current = None
             out.append(argument)

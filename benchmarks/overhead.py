@@ -28,7 +28,7 @@ from vllm_kvcompress.bench.engine import (
     scheduler_of,
 )
 from vllm_kvcompress.bench.harness import Summary, Verdict, write_report
-from vllm_kvcompress.bench.options import Dtype, Threads
+from vllm_kvcompress.bench.options import BenchCommand, Dtype, Model, Threads
 from vllm_kvcompress.bench.progress import progress_bar
 
 VLLM, BUILDER, ACCOUNTING = "vLLM", "metadata builder", "accounting"
@@ -204,7 +204,7 @@ def compression_over_rest(prefill: Step) -> float:
 app = typer.Typer(add_completion=False, rich_markup_mode="markdown")
 
 
-@app.command()
+@app.command(cls=BenchCommand)
 def main(
     running: Annotated[int, typer.Option(help="Compressed requests in a decode step.")] = 64,
     prompt_tokens: Annotated[int, typer.Option(help="Tokens per prompt.")] = 2048,
@@ -214,7 +214,7 @@ def main(
     rate: Annotated[float, typer.Option(help="Compression rate.")] = 8,
     preset: Annotated[str, typer.Option(help="Compression preset.")] = "kv-compress",
     threads: Threads = 0,
-    model: Annotated[str, typer.Option(help="A model folder or name.")] = str(MODEL),
+    model: Model = str(MODEL),
     dtype: Dtype = "float32",
     load_format: Annotated[str, typer.Option(help="As vLLM's.")] = "auto",
     json: Annotated[Path | None, typer.Option(help="Write the report there.")] = None,

@@ -27,9 +27,10 @@ from vllm_kvcompress.bench.charts import (
 )
 from vllm_kvcompress.bench.crossover import Point
 from vllm_kvcompress.bench.engine import BLOCK_TOKENS, EngineSpec, Workload, environment
+from vllm_kvcompress.bench.errors import BenchError
 from vllm_kvcompress.bench.flops import Decoder, Prediction, propagates
 from vllm_kvcompress.bench.harness import Summary, Verdict, cpu_model, paired_ratio, write_report
-from vllm_kvcompress.bench.options import Dtype, Hidden, ListCommand, Threads
+from vllm_kvcompress.bench.options import Dtype, Hidden, ListCommand, Threads, existing_model
 from vllm_kvcompress.bench.overhead import COMPRESSION, PROPAGATION, Step, compression_over_rest
 from vllm_kvcompress.bench.process import LineProcess, ProcessEnded
 from vllm_kvcompress.bench.progress import progress_bar
@@ -64,7 +65,7 @@ def stopped(
     """Prefills of the rows that select or compress, in one engine under stopwatches.
 
     Raises:
-        SystemExit: the engine ended.
+        BenchError: the engine ended.
     """
     own = replace(spec, kv_compress=COMPRESSING.kv_compress)
     command = [*STOPWATCHES, jsonlib.dumps(asdict(own))]
@@ -88,7 +89,7 @@ def stopped(
                     found[length, row.name] = [Step(**step) for step in steps]
                     progress.advance(bar)
     except ProcessEnded as ended:
-        raise SystemExit(str(ended)) from None
+        raise BenchError(str(ended)) from None
     return found
 
 
@@ -266,7 +267,10 @@ def main(
         ),
     ] = False,
     model: Annotated[
-        str | None, typer.Option(help="A model folder or name, instead of a Llama without weights.")
+        str | None,
+        typer.Option(
+            callback=existing_model, help="A model folder or name, not a Llama without weights."
+        ),
     ] = None,
     layers: Annotated[int, typer.Option(help="Layers of that Llama.", min=2)] = 8,
     hidden: Hidden = 512,

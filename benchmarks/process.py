@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 import tempfile
@@ -9,6 +10,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, Self, TextIO
 
 GOODBYE_S = 20.0
+INVALID = re.compile(r"\d+ validation errors? for \w+$")
 
 
 class ProcessEnded(RuntimeError):
@@ -23,11 +25,16 @@ class ProcessEnded(RuntimeError):
 def last_words(lines: Sequence[str]) -> str:
     """The message of the last exception in a log, else its last line."""
     said = [line.removeprefix("[rank0]:").strip() for line in lines]
-    for line in reversed(said):
+    for number, line in reversed(list(enumerate(said))):
         kind, _, message = line.partition(": ")
         if message and kind.split(".")[-1].isidentifier() and kind.endswith(("Error", "Exit")):
-            return message
+            return _first_problem(said[number + 1 :]) if INVALID.match(message) else message
     return said[-1] if said else "it said nothing"
+
+
+def _first_problem(lines: Sequence[str]) -> str:
+    """Of a pydantic ValidationError's lines: where, and what; without type, value and link."""
+    return " ".join(lines).partition(" [type=")[0].removeprefix("Value error, ")
 
 
 class LineProcess:

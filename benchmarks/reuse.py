@@ -20,9 +20,10 @@ from rich.console import Console
 
 from vllm_kvcompress.bench.demo_model.language import many_facts_task
 from vllm_kvcompress.bench.engine import BLOCK_TOKENS, FIRST_WORD, MODEL, environment
+from vllm_kvcompress.bench.errors import BenchError
 from vllm_kvcompress.bench.flops import Decoder
 from vllm_kvcompress.bench.harness import Summary, Verdict, cpu_model, paired_ratio, write_report
-from vllm_kvcompress.bench.options import Dtype, Hidden, Threads
+from vllm_kvcompress.bench.options import BenchCommand, Dtype, Hidden, Threads, existing_model
 from vllm_kvcompress.bench.progress import progress_bar
 from vllm_kvcompress.bench.table import Table
 from vllm_kvcompress.bench.vllm_server import CannotStart, VllmServer
@@ -56,16 +57,29 @@ class Round:
     parts_ms: dict[str, float] = field(default_factory=dict)  # of the loaded one
 
 
+@contextmanager
+def answering(url: httpx.URL) -> Iterator[None]:
+    """Raises BenchError where the server does not."""
+    try:
+        yield
+    except (httpx.HTTPError, httpx.InvalidURL) as error:
+        raise BenchError(f"no answer from {url}: {error}") from None
+
+
 class Client:
-    """Asks one server."""
+    """Asks one server. All of it raises BenchError where none answers."""
 
     def __init__(self, url: str, model: str, api_key: str = "") -> None:
         headers = {"Authorization": f"Bearer {api_key}"} if api_key else {}
         self._http = httpx.Client(base_url=url, headers=headers, timeout=TIMEOUT_S)
-        self._model = model or self._http.get("/v1/models").json()["data"][0]["id"]
+        self._model = model or self._get("/v1/models").json()["data"][0]["id"]
+
+    def _get(self, path: str) -> httpx.Response:
+        with answering(self._http.base_url):
+            return self._http.get(path)
 
     def ask(self, prompt: Sequence[int], tokens: int = OUTPUT_TOKENS, **more: Any) -> Said:
-        """A greedy completion. Raises SystemExit with the server's words where it refuses."""
+        """A greedy completion. Raises BenchError with the server's words where it refuses."""
         body = {
             "model": self._model,
             "prompt": list(prompt),
@@ -75,9 +89,12 @@ class Client:
             **more,
         }
         began, first, text = time.perf_counter(), None, []
-        with self._http.stream("POST", "/v1/completions", json=body) as answer:
+        with (
+            answering(self._http.base_url),
+            self._http.stream("POST", "/v1/completions", json=body) as answer,
+        ):
             if answer.is_error:
-                raise SystemExit(answer.read().decode()[:500])
+                raise BenchError(answer.read().decode()[:500])
             for line in answer.iter_lines():
                 if not line.startswith("data: {"):
                     continue
@@ -89,21 +106,21 @@ class Client:
     def stored_chunks(self) -> float:
         """Chunks it has put into the store; figures come with engine steps, so it takes one."""
         self.ask([FIRST_WORD], tokens=1)
-        lines = self._http.get("/metrics").text.splitlines()
+        lines = self._get("/metrics").text.splitlines()
         return sum(float(line.rsplit(" ", 1)[1]) for line in lines if line.startswith(STORED))
 
     def wait_until_stored(self, chunks: float) -> None:
-        """Raises SystemExit where they never are."""
+        """Raises BenchError where they never are."""
         give_up = time.monotonic() + SETTLE_S
         while self.stored_chunks() < chunks:
             if time.monotonic() > give_up:
-                raise SystemExit(f"{chunks:g} chunks are not in the store after {SETTLE_S:g} s")
+                raise BenchError(f"{chunks:g} chunks are not in the store after {SETTLE_S:g} s")
             time.sleep(0.1)
 
     def last_timeline(self) -> dict[str, Any]:
         """Of the last request that was loaded for; empty on a server that tells none."""
         self.ask([FIRST_WORD], tokens=1)
-        stats = self._http.get(STATS)
+        stats = self._get(STATS)
         told = stats.json().get("cachegen_timelines") if stats.is_success else None
         return told[-1] if told else {}
 
@@ -206,7 +223,7 @@ def tables(rounds: Sequence[Round]) -> list[Table]:
 app = typer.Typer(add_completion=False, rich_markup_mode="markdown")
 
 
-@app.command()
+@app.command(cls=BenchCommand)
 def main(
     store: Annotated[str, typer.Option(help="As `--kv-compress-store`; default: a folder.")] = "",
     urls: Annotated[
@@ -214,7 +231,10 @@ def main(
     ] = "",
     api_key: Annotated[str, typer.Option(help="Of both.", envvar="VLLM_API_KEY")] = "",
     model: Annotated[
-        str, typer.Option(help="A folder or name, or `demo`; default: random weights.")
+        str,
+        typer.Option(
+            callback=existing_model, help="A folder or name, or `demo`; default: random weights."
+        ),
     ] = "",
     layers: Annotated[int, typer.Option(help="Layers of the random weights.", min=2)] = 8,
     hidden: Hidden = 768,
@@ -270,7 +290,7 @@ def main(
                     for name in ("the first server", "the second server")
                 ]
             except CannotStart as error:
-                raise SystemExit(str(error)) from None
+                raise BenchError(str(error)) from None
             clients = [Client(server.url, folder) for server in servers if server]
         done = []
         for number, context in zip(

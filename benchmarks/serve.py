@@ -16,8 +16,9 @@ import typer
 from rich.console import Console
 
 from vllm_kvcompress.bench.engine import BLOCK_TOKENS, MODEL, environment
+from vllm_kvcompress.bench.errors import BenchError
 from vllm_kvcompress.bench.harness import cpu_model, write_report
-from vllm_kvcompress.bench.options import Dtype, ListCommand, Threads
+from vllm_kvcompress.bench.options import Dtype, ListCommand, Threads, existing_model
 from vllm_kvcompress.bench.process import ProcessEnded
 from vllm_kvcompress.bench.progress import progress_bar
 from vllm_kvcompress.bench.serve_client import BenchFailed, Load, Run, Target, look, run
@@ -94,7 +95,7 @@ def started(
     """A server per engine of the rows, by the rows' names; what does not start is `refused`.
 
     Raises:
-        SystemExit: a port is taken, or the first row's server does not start.
+        BenchError: a port is taken, or the first row's server does not start.
     """
     settings = environment(threads)
     settings.pop("VLLM_ENABLE_V1_MULTIPROCESSING")  # a server has its engine in another process
@@ -118,7 +119,7 @@ def started(
                 stack.enter_context(server)
             except CannotStart as error:
                 if engine == rows[0].engine:
-                    raise SystemExit(str(error)) from None
+                    raise BenchError(str(error)) from None
                 words[engine] = error.reason
                 continue
             found[engine] = Serving(Target(server.url, how.model, how.model), server)
@@ -139,7 +140,7 @@ def measure(
     """Rounds of every row at every load, taking turns; a few requests warm each server up.
 
     Raises:
-        SystemExit: the first row, with which all are compared, failed.
+        BenchError: the first row, with which all are compared, failed.
     """
     samples: dict[float, dict[str, list[Run]]] = {}
     for place, load in enumerate(loads):
@@ -157,7 +158,7 @@ def measure(
                         done = run(target, sent, own_seed, row.asks, command)
                 except (ProcessEnded, BenchFailed) as error:
                     if row is rows[0]:
-                        raise SystemExit(f"{row.name}: {error}") from None
+                        raise BenchError(f"{row.name}: {error}") from None
                     refused[row.name] = str(error)
                     for runs in samples.values():
                         runs.pop(row.name, None)
@@ -242,6 +243,12 @@ def main(
     vLLM's tokens/s, or others less than half.
     """
     threads = threads or len(os.sched_getaffinity(0))
+    if not url:
+        existing_model(model)
+    try:
+        more = shlex.split(server_args)
+    except ValueError as error:
+        raise typer.BadParameter(f"--server-args {server_args}: {error}") from None
     chosen = rates or [2, 8]
     if any(rate <= 1 for rate in chosen):
         raise typer.BadParameter("rates must be above 1; the row `off` keeps everything")
@@ -269,7 +276,7 @@ def main(
         batched_tokens,
         dtype,
         eager,
-        shlex.split(server_args),
+        more,
     )
     refused: dict[str, str] = {}
     with ExitStack() as stack:
@@ -342,13 +349,13 @@ def main(
 
 
 def _running(url: str, model: str, tokenizer: str, api_key: str) -> Target:
-    """Raises SystemExit: nothing there, or without kv-compress."""
+    """Raises BenchError: nothing there, or without kv-compress."""
     try:
         target = look(url, model, tokenizer, api_key)
         if target.stats() is None:
             raise BenchFailed(f"{url} runs without --kv-compress: start it with that flag")
     except BenchFailed as error:
-        raise SystemExit(str(error)) from None
+        raise BenchError(str(error)) from None
     return target
 
 

@@ -18,6 +18,7 @@ from rich.console import Console
 
 from vllm_kvcompress.bench.charts import COLOURS, panels, save
 from vllm_kvcompress.bench.engine import BLOCK_TOKENS, environment
+from vllm_kvcompress.bench.errors import BenchError
 from vllm_kvcompress.bench.flops import Decoder
 from vllm_kvcompress.bench.harness import Summary, Verdict, cpu_model, write_report
 from vllm_kvcompress.bench.options import Hidden, ListCommand, Threads
@@ -136,7 +137,7 @@ def main(
             raise typer.BadParameter(f"no figures of a store from {url}: {error}") from None
         stats = answer.json()
         if not (told := stats.get("cachegen_timelines")):
-            raise SystemExit("this server has loaded nothing yet")
+            raise BenchError("this server has loaded nothing yet")
         plot(told[-4:], picture, f"the last requests loaded by {url}")
         console.print(f"written: {picture}", highlight=False)
         return
@@ -158,7 +159,7 @@ def main(
         try:
             server = stack.enter_context(VllmServer("the server", arguments, variables))
         except CannotStart as error:
-            raise SystemExit(str(error)) from None
+            raise BenchError(str(error)) from None
         server.resume()
         client = Client(server.url, folder)
         context = next(contexts("", context_tokens, 0))

@@ -18,8 +18,9 @@ from vllm_kvcompress.bench.charts import COLOURS, PLAIN_COLOUR, panels, save
 from vllm_kvcompress.bench.child import COMMAND, Child
 from vllm_kvcompress.bench.crossover import Point
 from vllm_kvcompress.bench.engine import BLOCK_TOKENS, MODEL, EngineSpec, Round, Workload
+from vllm_kvcompress.bench.errors import BenchError
 from vllm_kvcompress.bench.harness import Summary, cpu_model, write_report
-from vllm_kvcompress.bench.options import Dtype, ListCommand, Threads
+from vllm_kvcompress.bench.options import Dtype, ListCommand, Model, Threads
 from vllm_kvcompress.bench.process import ProcessEnded
 from vllm_kvcompress.bench.progress import progress_bar
 from vllm_kvcompress.bench.promises import FIGURES, WORDS, ratio, read_baseline, verdicts
@@ -59,7 +60,7 @@ def measure(
     points that were finished are returned.
 
     Raises:
-        SystemExit: plain vLLM ended.
+        BenchError: plain vLLM ended.
         KeyboardInterrupt: before any point was finished.
     """
     grid = Grid()
@@ -107,7 +108,7 @@ def _rounds(
                 done = children[row.name].run(asked)
             except ProcessEnded as ended:
                 if row.name == PLAIN:
-                    raise SystemExit(f"plain vLLM died: {ended.reason}") from None
+                    raise BenchError(f"plain vLLM died: {ended.reason}") from None
                 refused[row.name] = ended.reason
                 samples.pop(row.name)
                 continue
@@ -223,7 +224,7 @@ def main(
         Path | None, typer.Option(help="An earlier report: also judge against its ratios.")
     ] = None,
     threads: Threads = 0,
-    model: Annotated[str, typer.Option(help="A model folder or name.")] = str(MODEL),
+    model: Model = str(MODEL),
     dtype: Dtype = "float32",
     load_format: Annotated[
         str, typer.Option(help="As vLLM's; `dummy` gives a model random weights.")

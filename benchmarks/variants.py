@@ -9,6 +9,7 @@ import typer
 
 from vllm_kvcompress.bench.child import COMMAND, Child
 from vllm_kvcompress.bench.engine import BLOCK_TOKENS, Cache, EngineSpec
+from vllm_kvcompress.bench.errors import BenchError
 from vllm_kvcompress.bench.process import ProcessEnded
 
 PLAIN, FP8, FLAG_OFF, OFF = "plain vLLM", "fp8 cache", "flag off", "off"
@@ -131,7 +132,7 @@ def started(
     its last words in `refused`; without plain vLLM there is nothing to compare with.
 
     Raises:
-        SystemExit: plain vLLM does not start.
+        BenchError: plain vLLM does not start.
     """
     children: dict[Engine, Child] = {}
     words: dict[Engine, str] = {}
@@ -147,7 +148,7 @@ def started(
                     children[engine] = stack.enter_context(child)
                 except ProcessEnded as ended:
                     if row.name == PLAIN:
-                        raise SystemExit(f"plain vLLM does not start: {ended.reason}") from None
+                        raise BenchError(f"plain vLLM does not start: {ended.reason}") from None
                     words[engine] = ended.reason
                 plain = plain or children[engine].cache
             if engine in words:

@@ -14,6 +14,7 @@ from typing import Any, Self
 
 import httpx
 
+from vllm_kvcompress.bench.errors import BenchError
 from vllm_kvcompress.bench.process import GOODBYE_S, ProcessEnded
 
 VLLM = (sys.executable, "-P", "-m", "vllm.entrypoints.cli.main")
@@ -36,7 +37,7 @@ def free_port(wanted: int = 0) -> int:
     """The wanted port if nothing listens there; 0 for any.
 
     Raises:
-        SystemExit: with one line, when it is taken.
+        BenchError: with one line, when it is taken.
     """
     with socket.socket() as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
@@ -44,7 +45,7 @@ def free_port(wanted: int = 0) -> int:
             probe.bind((HOST, wanted))
         except (OSError, OverflowError) as error:
             why = getattr(error, "strerror", error)
-            raise SystemExit(f"port {wanted} cannot be used: {why}") from None
+            raise BenchError(f"port {wanted} cannot be used: {why}") from None
         port: int = probe.getsockname()[1]
         return port
 

@@ -139,6 +139,9 @@ def test_a_rate_overrides_the_budget_of_a_preset() -> None:
     assert config.request_settings({}, 4096).budget_tokens == 64
     got = config.request_settings({"kv_compress_rate": 2}, 4096)
     assert (got.rate, got.budget_tokens) == (2.0, None)
+    started = parse_engine_config({"preset": "fastkv-constant", "rate": 4})
+    got = started.request_settings({}, 4096)
+    assert (got.rate, got.budget_tokens) == (4.0, None)
 
 
 @pytest.mark.parametrize(
@@ -178,6 +181,7 @@ def test_fields_beside_the_preset_override_it() -> None:
         ({"preset": "snapkv", "rat": 4}, "unknown key 'rat'; known: .*rate"),
         ({"preset": "snapkv", "rate": "4"}, "rate: "),
         ({"preset": "snapkv", "rate": math.nan}, "rate: "),
+        ({"rate": 4, "budget_tokens": 64}, "rate and budget_tokens exclude each other"),
         ({"preset": "snapkv", "rate": 0.5}, "rate: .*greater than or equal to 1"),
         ({"preset": "snapkv", "window_tokens": 0}, "window_tokens: "),
         ({"preset": "snapkv", "window_tokens": 2.5}, "window_tokens: "),
@@ -219,6 +223,7 @@ def test_a_preset_file_that_cannot_be_read_is_refused(tmp_path) -> None:
         ("missing.yaml", "No such file"),
         ("binary.yaml", "not text"),
         ("", "irect"),
+        ("/dev/zero", "more than"),
     ):
         with pytest.raises(ValueError, match=f"cannot read preset file .*{says}"):
             load_preset(tmp_path / name)

@@ -214,6 +214,12 @@ def parse_engine_config(raw: Any) -> EngineConfig:
                 f"unknown key {shorten(unknown[0])}; known: {', '.join(sorted(set(allowed)))}"
             )
         base = config.known_presets()[config.preset].model_dump()
+        if "rate" in overrides:
+            if overrides.get("budget_tokens") is not None:
+                raise ValueError(
+                    "kv_compress: rate and budget_tokens exclude each other: give one of them"
+                )
+            base["budget_tokens"] = None
         if {"tsp_rate", "tsp_tokens"} & set(overrides):
             base |= {"tsp_rate": None, "tsp_tokens": None}
         preset = Preset(**{**base, **overrides})

@@ -19,6 +19,7 @@ OFF, CACHEGEN = "off", "cachegen"
 UNCOMPRESSED = (OFF, CACHEGEN)  # stand where a preset may
 DEFAULT_PRESET = "kv-compress"
 MAX_RATE = 1024
+MAX_CHARACTERS = 2**26  # of a preset or a prompt in a file
 Task = Literal["localization", "aggregation"]
 TASKS: tuple[Task, ...] = get_args(Task)
 
@@ -206,10 +207,14 @@ def load_preset(path: str | Path) -> Preset:
 def read_text(path: str | Path, what: str = "") -> str:
     """Raises ValueError, with one line that says why, where `path` cannot be read as text."""
     try:
-        return Path(path).read_text()
+        with Path(path).open() as file:
+            text = file.read(MAX_CHARACTERS + 1)
     except (OSError, UnicodeDecodeError) as error:
         reason = getattr(error, "strerror", None) or "it is not text"
         raise ValueError(f"cannot read {what}{path}: {reason}") from None
+    if len(text) > MAX_CHARACTERS:
+        raise ValueError(f"cannot read {what}{path}: it has more than {MAX_CHARACTERS} characters")
+    return text
 
 
 def _parse_preset(text: str, where: str) -> Preset:

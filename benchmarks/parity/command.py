@@ -11,9 +11,10 @@ from rich.console import Console
 from tqdm import tqdm
 
 from vllm_kvcompress.bench.engine import BLOCK_TOKENS, MODEL
+from vllm_kvcompress.bench.errors import BenchError
 from vllm_kvcompress.bench.harness import Summary, Verdict, model_name, write_report
-from vllm_kvcompress.bench.options import ListCommand, Threads
-from vllm_kvcompress.bench.quality.ask import Ask, BenchError
+from vllm_kvcompress.bench.options import ListCommand, Threads, existing_model
+from vllm_kvcompress.bench.quality.ask import Ask
 from vllm_kvcompress.bench.quality.case import Case
 from vllm_kvcompress.bench.quality.encode import LocalEncoder, encoded
 from vllm_kvcompress.bench.quality.judge import Pairing
@@ -28,7 +29,7 @@ from vllm_kvcompress.presets import Preset, load_preset, shipped_presets
 METHODS = ("fastkv", "windowkv", "windowkv-paper")
 AT_ONCE = 64
 SAME = 0.01  # of the answers may be right on one side only, less the other
-TROUBLE, DIFFERENT = 2, 1
+DIFFERENT = 1
 
 
 @dataclass(frozen=True)
@@ -67,7 +68,11 @@ app = typer.Typer(add_completion=False, rich_markup_mode="markdown")
 def main(
     model: Annotated[
         str,
-        typer.Option(help="A model folder of the Llama family.", show_default="the demo model"),
+        typer.Option(
+            callback=existing_model,
+            help="A model folder of the Llama family.",
+            show_default="the demo model",
+        ),
     ] = str(MODEL),
     policies: Annotated[
         list[str] | None,
@@ -77,7 +82,9 @@ def main(
         list[str] | None, typer.Option(help="Of `bench quality`; default: demo.")
     ] = None,
     length: Annotated[int, typer.Option(min=64, help="Prompt tokens.")] = 1024,
-    budget: Annotated[float, typer.Option(help="Share of the cache to hold.")] = 0.125,
+    budget: Annotated[
+        float, typer.Option(min=0.001, max=1, help="Share of the cache to hold.")
+    ] = 0.125,
     n: Annotated[int, typer.Option(min=1, help="Prompts of each task.")] = 100,
     seed: Annotated[int, typer.Option(help="Of the prompts.")] = 0,
     threads: Threads = 0,
@@ -96,9 +103,8 @@ def main(
     try:
         presets = [_preset(name) for name in policies or METHODS]
         found = compare(model, presets, tasks or ["demo"], length, budget, n, seed, threads)
-    except (BenchError, ValueError) as error:
-        typer.echo(f"bench parity: {error}", err=True)
-        raise typer.Exit(TROUBLE) from None
+    except ValueError as error:
+        raise BenchError(str(error)) from None
     columns = ("policy, task", "engine, %", "dense, %", "better / worse", "same words")
     note = f"{n} prompts of {length:,} tokens each, the same for both; greedy."
     table = Table("Engine and dense reference", columns, [each.row() for each in found], note)

@@ -11,10 +11,6 @@ MANY_BLOCKS = 2**31
 TOLERANCE = 0.2  # of the wish
 
 
-class BenchError(Exception):
-    """What went wrong, in one line for the person at the terminal."""
-
-
 @dataclass(frozen=True, slots=True)
 class Prompt:
     """A case as tokens; the last `question_tokens` are those an unseen question takes."""

@@ -13,11 +13,11 @@ import typer
 from rich.console import Console
 
 from vllm_kvcompress.bench.engine import BLOCK_TOKENS, MODEL
+from vllm_kvcompress.bench.errors import BenchError
 from vllm_kvcompress.bench.harness import model_name, write_report
-from vllm_kvcompress.bench.options import ListCommand, ModelsDtype, Threads
+from vllm_kvcompress.bench.options import ListCommand, ModelsDtype, Threads, existing_model
 from vllm_kvcompress.bench.peers.spec import PeerSpec
 from vllm_kvcompress.bench.quality import judge, plots, show
-from vllm_kvcompress.bench.quality.ask import BenchError
 from vllm_kvcompress.bench.quality.case import Case
 from vllm_kvcompress.bench.quality.encode import LocalEncoder, encoded
 from vllm_kvcompress.bench.quality.phases import Options, Policies, phases
@@ -28,7 +28,7 @@ from vllm_kvcompress.bench.quality.store import Store
 from vllm_kvcompress.bench.quality.tasks import make_cases, task_help
 
 BUDGETS = (0.5, 0.25, 0.125, 0.0625, 0.03125)
-TROUBLE, INTERRUPTED = 2, 130
+INTERRUPTED = 130
 EPILOG = task_help().replace("\n", "\n\n")
 
 
@@ -132,6 +132,8 @@ def main(
     """
     if not dtype:
         dtype = "float32" if model == str(MODEL) else "auto"
+    if not url:
+        existing_model(model)
     try:
         options = Options(
             model=model,
@@ -191,13 +193,11 @@ def main(
                     rows = [row for phase in todo for row in phase.rows]
                     if store.outcomes:
                         report(plan, rows, store, absent, options, parameters, json, notes)
-    except (BenchError, ValueError) as error:
-        typer.echo(f"bench quality: {error}", err=True)
-        raise typer.Exit(TROUBLE) from None
+    except ValueError as error:
+        raise BenchError(str(error)) from None
     except OSError as error:
         where = f"{error.filename}: " if error.filename else ""
-        typer.echo(f"bench quality: {where}{error.strerror}", err=True)
-        raise typer.Exit(TROUBLE) from None
+        raise BenchError(f"{where}{error.strerror}") from None
     except KeyboardInterrupt:
         typer.echo("stopped; the same command goes on from here", err=True)
         raise typer.Exit(INTERRUPTED) from None

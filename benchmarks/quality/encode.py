@@ -1,12 +1,12 @@
 """Cases as token ids, alike for an engine, a server and a peer."""
 
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any, Protocol
 
 from tqdm import tqdm
 
-from vllm_kvcompress.bench.quality.ask import BenchError, Prompt
+from vllm_kvcompress.bench.errors import BenchError
+from vllm_kvcompress.bench.quality.ask import Prompt
 from vllm_kvcompress.bench.quality.case import MAX_NEW_TOKENS, Case
 
 
@@ -30,8 +30,6 @@ class LocalEncoder:
     def __init__(self, model: str, trust_remote_code: bool = False) -> None:
         from transformers import AutoConfig, AutoTokenizer
 
-        if model.startswith(("/", ".", "~")) and not Path(model).expanduser().is_dir():
-            raise BenchError(f"there is no model folder {model}")
         try:
             config = AutoConfig.from_pretrained(model, trust_remote_code=trust_remote_code)
             self.tokenizer: Any = AutoTokenizer.from_pretrained(

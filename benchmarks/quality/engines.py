@@ -7,8 +7,9 @@ from dataclasses import asdict
 from typing import Any, Self
 
 from vllm_kvcompress.bench.engine import EngineSpec, environment
+from vllm_kvcompress.bench.errors import BenchError
 from vllm_kvcompress.bench.process import LineProcess, ProcessEnded
-from vllm_kvcompress.bench.quality.ask import Answer, Ask, BenchError
+from vllm_kvcompress.bench.quality.ask import Answer, Ask
 
 CHILD = "vllm_kvcompress.bench.quality.engine_child"
 

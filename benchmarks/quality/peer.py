@@ -3,10 +3,11 @@
 from collections.abc import Iterator, Sequence
 from typing import Any, Self
 
+from vllm_kvcompress.bench.errors import BenchError
 from vllm_kvcompress.bench.peers.errors import PeerError
 from vllm_kvcompress.bench.peers.kvpress import KVPress, PeerAsk
 from vllm_kvcompress.bench.peers.spec import PeerSpec
-from vllm_kvcompress.bench.quality.ask import Answer, Ask, BenchError
+from vllm_kvcompress.bench.quality.ask import Answer, Ask
 
 
 class Peer:

@@ -8,8 +8,9 @@ from typing import Any
 import typer
 
 from vllm_kvcompress.bench.engine import EngineSpec
+from vllm_kvcompress.bench.errors import BenchError
 from vllm_kvcompress.bench.peers.spec import PeerSpec
-from vllm_kvcompress.bench.quality.ask import Answerer, BenchError
+from vllm_kvcompress.bench.quality.ask import Answerer
 from vllm_kvcompress.bench.quality.rows import FP8, PLAIN, Row
 from vllm_kvcompress.bench.quality.run import CannotOpen, Phase
 from vllm_kvcompress.presets import OFF, Preset, load_preset, shipped_presets, unknown_preset

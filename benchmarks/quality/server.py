@@ -6,7 +6,8 @@ from typing import Any, Self
 
 import httpx
 
-from vllm_kvcompress.bench.quality.ask import Answer, Ask, BenchError
+from vllm_kvcompress.bench.errors import BenchError
+from vllm_kvcompress.bench.quality.ask import Answer, Ask
 
 TIMEOUT_S = 600.0
 STATS = "/v1/kv_compress/stats"

@@ -8,7 +8,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Self
 
-from vllm_kvcompress.bench.quality.ask import BenchError
+from vllm_kvcompress.bench.errors import BenchError
 from vllm_kvcompress.bench.quality.rows import Outcome
 
 

@@ -5,16 +5,16 @@ from typing import Annotated
 
 import typer
 
+from vllm_kvcompress.bench.errors import BenchError
+from vllm_kvcompress.bench.options import BenchCommand
 from vllm_kvcompress.bench.report.page import Chapter, Page, image, render, section
 from vllm_kvcompress.bench.report.read import Found, read_reports
 from vllm_kvcompress.bench.report.tradeoff import Tradeoff, tradeoffs
 
-TROUBLE = 2
-
 app = typer.Typer(add_completion=False, rich_markup_mode="markdown")
 
 
-@app.command()
+@app.command(cls=BenchCommand)
 def main(
     results: Annotated[Path, typer.Argument(metavar="RESULTS", help="The folder of reports.")],
     out: Annotated[
@@ -44,11 +44,9 @@ def main(
             typer.echo(f"plot left out: {shown.missing}", err=True)
         out.write_text(render(Page(sections, chapters(found, out.parent), problems)))
     except OSError as error:
-        typer.echo(f"bench report: {error.filename or results}: {error.strerror}", err=True)
-        raise typer.Exit(TROUBLE) from None
+        raise BenchError(f"{error.filename or results}: {error.strerror}") from None
     except ValueError as error:
-        typer.echo(f"bench report: {error}", err=True)
-        raise typer.Exit(TROUBLE) from None
+        raise BenchError(str(error)) from None
     typer.echo(f"{len(found)} reports: {out}")
 
 

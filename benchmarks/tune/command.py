@@ -10,9 +10,9 @@ import typer
 from rich.console import Console
 
 from vllm_kvcompress.bench.engine import BLOCK_TOKENS, MODEL
+from vllm_kvcompress.bench.errors import BenchError
 from vllm_kvcompress.bench.harness import cpu_model, write_report
-from vllm_kvcompress.bench.options import ListCommand, ModelsDtype, Threads
-from vllm_kvcompress.bench.quality.ask import BenchError
+from vllm_kvcompress.bench.options import ListCommand, Model, ModelsDtype, Threads
 from vllm_kvcompress.bench.tune.asked import Asked
 from vllm_kvcompress.presets import Preset
 
@@ -20,7 +20,7 @@ if TYPE_CHECKING:  # torch is imported once it is needed
     from vllm_kvcompress.bench.tune.show import Tried
     from vllm_kvcompress.bench.tune.sweeps import Sweep
 
-NONE_GOOD, TROUBLE = 1, 2
+NONE_GOOD = 1
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -28,10 +28,6 @@ app = typer.Typer(
     help="Find the settings that depend on the model, with needles in haystacks.",
 )
 
-Model = Annotated[
-    str,
-    typer.Option(help="A model folder or Hugging Face id.", show_default="the shipped demo model"),
-]
 Tasks = Annotated[
     list[str] | None,
     typer.Option(
@@ -133,9 +129,8 @@ def _tune(asked: Asked, make: "Callable[[Preset, int], Sweep]", json: Path, fres
         cases = Cases(asked)
         agree = read_overlaps(asked, sweep, cases)
         found = try_all(asked, sweep, cases, agree, json.with_suffix(".answers.jsonl"), fresh)
-    except (BenchError, ValueError) as error:
-        typer.echo(f"tune: {error}", err=True)
-        raise typer.Exit(TROUBLE) from None
+    except ValueError as error:
+        raise BenchError(str(error)) from None
     table = show.table(sweep, found, len(cases.cases))
     best = show.advised(found)
     advice = _advice(asked, sweep, found, best)

@@ -8,7 +8,8 @@ from torch import Tensor
 from tqdm import tqdm
 from transformers import AutoConfig
 
-from vllm_kvcompress.bench.quality.ask import BenchError, Prompt
+from vllm_kvcompress.bench.errors import BenchError
+from vllm_kvcompress.bench.quality.ask import Prompt
 from vllm_kvcompress.bench.quality.case import Case
 from vllm_kvcompress.bench.quality.encode import LocalEncoder, encoded
 from vllm_kvcompress.bench.quality.phases import Options, Policies, phases

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers import AttentionInterface, AutoModelForCausalLM
 
-from vllm_kvcompress.bench.quality.ask import BenchError
+from vllm_kvcompress.bench.errors import BenchError
 from vllm_kvcompress.policy import Observation
 
 ATTENTION = "kv_compress_reading"

@@ -7,6 +7,7 @@ from vllm_kvcompress.bench import prefill
 from vllm_kvcompress.bench.cli import app
 from vllm_kvcompress.bench.crossover import Point
 from vllm_kvcompress.bench.engine import MODEL, EngineSpec, Round
+from vllm_kvcompress.bench.errors import BenchError
 from vllm_kvcompress.bench.flops import Cost, Decoder, Flops, Prediction, timed
 from vllm_kvcompress.bench.overhead import COMPRESSION, VLLM, Step
 from vllm_kvcompress.bench.prefill import plot, stopped, table, verdicts
@@ -146,7 +147,7 @@ def test_a_small_run_prints_and_writes_all_of_it(tmp_path):
 def test_an_engine_that_does_not_start_is_one_clear_line(monkeypatch):
     monkeypatch.setattr(prefill, "STOPWATCHES", ("sh", "-c", "echo 'ValueError: no' >&2; exit 1"))
     spec = EngineSpec(str(MODEL), cache_blocks=40)
-    with pytest.raises(SystemExit, match="the engine under stopwatches has ended: no"):
+    with pytest.raises(BenchError, match="the engine under stopwatches has ended: no"):
         stopped(ROWS, [128], spec, count=1, threads=1)
 
 

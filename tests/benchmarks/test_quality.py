@@ -7,8 +7,9 @@ from math import nan
 import pytest
 
 from vllm_kvcompress import accounting
+from vllm_kvcompress.bench.errors import BenchError
 from vllm_kvcompress.bench.quality import judge, plots, show
-from vllm_kvcompress.bench.quality.ask import Answer, BenchError, Prompt, held_tokens
+from vllm_kvcompress.bench.quality.ask import Answer, Prompt, held_tokens
 from vllm_kvcompress.bench.quality.case import Case
 from vllm_kvcompress.bench.quality.encode import encode
 from vllm_kvcompress.bench.quality.rows import PLAIN, Cell, Group, Outcome, Row, cells, grouped

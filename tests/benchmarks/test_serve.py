@@ -9,6 +9,7 @@ from typer.testing import CliRunner
 
 from vllm_kvcompress.bench import serve, serve_client, vllm_server
 from vllm_kvcompress.bench.engine import MODEL, environment
+from vllm_kvcompress.bench.errors import BenchError
 from vllm_kvcompress.bench.process import last_words
 from vllm_kvcompress.bench.serve import Serve, Serving, measure, started
 from vllm_kvcompress.bench.serve_client import BenchFailed, Load, Run, look, run
@@ -71,9 +72,9 @@ def test_a_server_that_dies_loses_its_rows_and_the_rest_runs(monkeypatch):
 
 
 def test_without_plain_vllm_there_is_one_clear_line(monkeypatch):
-    with pytest.raises(SystemExit, match=r"^plain vLLM: .*the engine core is gone$"):
+    with pytest.raises(BenchError, match=r"^plain vLLM: .*the engine core is gone$"):
         measured(monkeypatch, "plain:die")
-    with pytest.raises(SystemExit, match=r"^plain vLLM does not start: FP8 KV"):
+    with pytest.raises(BenchError, match=r"^plain vLLM does not start: FP8 KV"):
         measured(monkeypatch, "plain:refuse")
 
 
@@ -94,9 +95,9 @@ def test_a_port_that_cannot_be_had_is_one_clear_line():
         taken.bind((vllm_server.HOST, 0))
         taken.listen()
         port = taken.getsockname()[1]
-        with pytest.raises(SystemExit, match=f"port {port} cannot be used: Address already in use"):
+        with pytest.raises(BenchError, match=f"port {port} cannot be used: Address already in use"):
             free_port(port)
-    with pytest.raises(SystemExit, match=r"port 99999 cannot be used: .*0-65535"):
+    with pytest.raises(BenchError, match=r"port 99999 cannot be used: .*0-65535"):
         free_port(99999)
 
 
@@ -162,8 +163,8 @@ def test_a_server_without_kv_compress_is_one_clear_line():
     with fake_server() as server:
         server.resume()
         done = CliRunner().invoke(serve.app, ["--url", server.url])
-        assert done.exit_code == 1
-        assert "runs without --kv-compress: start it with that flag" in str(done.exception)
+        assert done.exit_code == 2
+        assert "runs without --kv-compress: start it with that flag" in done.output
 
 
 @pytest.mark.parametrize(

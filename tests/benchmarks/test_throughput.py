@@ -9,6 +9,7 @@ from typer.testing import CliRunner
 from vllm_kvcompress.bench import promises, throughput
 from vllm_kvcompress.bench.crossover import Point
 from vllm_kvcompress.bench.engine import EngineSpec, Round, Workload
+from vllm_kvcompress.bench.errors import BenchError
 from vllm_kvcompress.bench.process import ProcessEnded, last_words
 from vllm_kvcompress.bench.promises import ratio, read_baseline, verdicts
 from vllm_kvcompress.bench.throughput import Grid, measure, table
@@ -173,7 +174,7 @@ def test_an_engine_that_dies_loses_its_row_and_without_plain_vllm_all_ends():
     samples = throughput._rounds(rows, children, Workload(1, 1, 1), 2, refused, lambda _: None)
     assert set(samples) == {PLAIN, OFF} and refused == {"rate 8": "no room"}
     children[PLAIN] = Scripted([], PLAIN, dies_at=2)
-    with pytest.raises(SystemExit, match="plain vLLM died: no room"):
+    with pytest.raises(BenchError, match="plain vLLM died: no room"):
         throughput._rounds(rows, children, Workload(1, 1, 1), 2, {}, lambda _: None)
 
 
@@ -186,6 +187,12 @@ def test_the_last_exception_is_why_an_engine_ended():
     ]
     assert last_words(log) == "FP8 KV cache on CPU requires x86 with AVX-512 or AMX."
     assert last_words(["only this"]) == "only this"
+    invalid = [
+        "pydantic_core._pydantic_core.ValidationError: 1 validation error for ModelConfig",
+        "  Value error, max_model_len is too large [type=value_error, input_value=1]",
+        "    For further information visit a page",
+    ]
+    assert last_words(invalid) == "max_model_len is too large"
 
 
 def test_plain_vllm_and_fp8_do_not_load_the_plugin():

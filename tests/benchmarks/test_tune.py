@@ -122,7 +122,7 @@ def test_the_demo_model_is_told_to_select_after_its_third_layer(tmp_path) -> Non
         (["tsp-layer", "--preset", "snapkv"], "propagates all tokens"),
         (["tsp-layer", "--layers", "3"], "tsp_layer=3 leaves no layer above it"),
         (["group-layers", "--preset", "nothing.yaml"], "cannot read preset file nothing.yaml"),
-        (["group-layers", "--model", "./nowhere"], "cannot load './nowhere'"),
+        (["group-layers", "--model", "./nowhere"], "there is no model folder ./nowhere"),
         (["tsp-layer", "--n", "1", "--tasks", "span", "--length", "20000"], "no prompt fits"),
     ],
 )

@@ -15,6 +15,17 @@ from vllm_kvcompress.cli import app
         ("bench prefill --threads -1", "greater than or equal to 0"),
         ("bench codec --model ./nowhere", "./nowhere"),
         ("bench stream --url nonsense", "no figures of a store from nonsense"),
+        ("bench serve --url http://localhost:1", "no vLLM server answers at http://localhost:1"),
+        ("bench serve --server-args '", "--server-args ': No closing quotation"),
+        ("bench throughput --rates", "option --rates requires a value"),
+        ("bench throughput --presets --rates 2", "option --presets requires a value"),
+        ("bench reuse --urls http://localhost:1,http://localhost:1", "http://localhost:1: [Errno"),
+        ("bench throughput --model /nowhere", "there is no model folder /nowhere"),
+        ("bench parity --model /nowhere", "there is no model folder /nowhere"),
+        ("bench parity --budget nan", "less than or equal to 1"),
+        ("bench quality --model /nowhere", "there is no model folder /nowhere"),
+        ("bench reuse --model ./nowhere", "there is no model folder ./nowhere"),
+        ("tune tsp-layer --model /nowhere", "there is no model folder /nowhere"),
     ],
 )
 def test_a_wrong_value_is_told_in_one_message(given, says) -> None:

@@ -118,3 +118,13 @@ def test_a_bad_request_is_answered_in_one_line(arguments, says):
     assert ran.exit_code == 2
     assert says in ran.output
     assert "Traceback" not in ran.output
+
+
+def test_a_profile_that_cannot_be_written_or_made_of_a_file_says_which(tmp_path):
+    binary, nowhere = tmp_path / "binary.txt", tmp_path / "nowhere" / "a.profile"
+    binary.write_bytes(bytes(range(256)))
+    tried = ["profile", "--model", DEMO_MODEL, "--tokens", "64", "--out"]
+    ran = run(*tried, str(nowhere))
+    assert ran.exit_code == 2 and f"cannot write {nowhere}: No such file" in ran.output
+    ran = run(*tried, str(tmp_path / "a.profile"), "--prompt", str(binary))
+    assert ran.exit_code == 2 and f"cannot read {binary}: it is not text" in ran.output

@@ -104,7 +104,7 @@ def json_mapping(value: str) -> dict[str, Any]:
     """
     try:
         parsed = json.loads(value)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ArgumentTypeError(_line(f"{shorten(value)} is not JSON: {error}")) from None
     if not isinstance(parsed, dict):
         raise ArgumentTypeError(_line(f'{shorten(value)} is no JSON object such as {{"rate": 4}}'))

@@ -13,7 +13,7 @@ from vllm_kvcompress.transport.codec import CodecMissing
 from vllm_kvcompress.transport.levels import Quantiser
 from vllm_kvcompress.transport.profile import Profile, build
 from vllm_kvcompress.transport.report import LevelSize, eight_bit, level_sizes, plot, raw_bits
-from vllm_kvcompress.transport.sample import CannotSample, Sample, sample
+from vllm_kvcompress.transport.sample import Sample, sample
 
 Model = Annotated[str, typer.Option(help="A model folder or name.")]
 Prompt = Annotated[
@@ -45,7 +45,10 @@ def profile(
     """
     measured = _sample(model, prompt, tokens, dtype)
     made = build(measured.kv, dtype, measured.heads, quantiser)
-    out.write_bytes(made.to_bytes())
+    try:
+        out.write_bytes(made.to_bytes())
+    except OSError as error:
+        _fail(f"cannot write {out}: {error.strerror}")
     layers, _, seen, channels = measured.kv.shape
     typer.echo(
         f"{out}: {layers} layers x K, V x {channels} channels from {seen} tokens, "
@@ -130,7 +133,7 @@ def _print(sizes: list[LevelSize], measured: Sample, chunk_tokens: int) -> None:
 def _sample(model: str, prompt: Path | None, tokens: int, dtype: str) -> Sample:
     try:
         return sample(model, prompt, tokens, dtype)
-    except (CannotSample, OSError, UnicodeDecodeError) as error:
+    except (OSError, ValueError) as error:
         _fail(str(error))
 
 

@@ -6,6 +6,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from vllm_kvcompress.presets import read_text
 from vllm_kvcompress.transport.codec import DTYPES, as_bits
 
 
@@ -24,7 +25,8 @@ def sample(
 ) -> Sample:
     """Run `model` over the file's text, or over made-up stories, and take its KV cache.
 
-    `dtype` is the cache's; the model itself runs in its own. Raises CannotSample.
+    `dtype` is the cache's; the model itself runs in its own. Raises CannotSample, or
+    ValueError where the file cannot be read.
     """
     if dtype not in DTYPES:
         raise CannotSample(f"dtype {dtype}: must be one of {', '.join(DTYPES)}")
@@ -39,7 +41,7 @@ def sample(
         network = AutoModelForCausalLM.from_pretrained(model, dtype="auto").eval()
     except (OSError, ValueError) as error:
         raise CannotSample(f"model {model}: {str(error).strip().splitlines()[0]}") from None
-    text = prompt_file.read_text() if prompt_file else _stories(tokens)
+    text = read_text(prompt_file) if prompt_file else _stories(tokens)
     ids = tokenizer(text, return_tensors="pt").input_ids[:, :tokens]
     if ids.shape[1] < 2:
         raise CannotSample("the text has less than two tokens")

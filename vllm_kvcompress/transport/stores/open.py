@@ -43,7 +43,11 @@ def open_store(url: str) -> Store:
 
     Raises ValueError with one clear line; a store that is down is no error.
     """
-    parts = urlsplit(f"file://{url}" if url.startswith("/") else url)
+    try:
+        parts = urlsplit(f"file://{url}" if url.startswith("/") else url)
+        _ = parts.port
+    except ValueError as error:
+        raise ValueError(f"store: {error}; known are {KNOWN}") from None
     if parts.username or parts.password:
         raise ValueError(
             "store: credentials do not belong in the URL; set REDIS_USERNAME and REDIS_PASSWORD, "
@@ -84,7 +88,7 @@ def _open(scheme: str, url: str, options: StoreOptions) -> Store:
 
         db = parts.path.strip("/") or "0"
         if not parts.hostname or not db.isdigit():
-            raise ValueError(f"store {url}: must be redis://host:port/db")
+            raise ValueError(f"store {url}: must be {scheme}://host:port/db")
         return RedisStore(
             parts.hostname,
             parts.port or 6379,
@@ -94,6 +98,8 @@ def _open(scheme: str, url: str, options: StoreOptions) -> Store:
             timeout_s=options.timeout_s,
         )
     if scheme in OBJECT_SCHEMES:
+        if scheme != "memory" and not parts.netloc:
+            raise ValueError(f"store {url}: must be {scheme}://bucket/prefix")
         from vllm_kvcompress.transport.stores.objects import ObjectStore
 
         return ObjectStore(url, ttl_s=options.ttl_s, timeout_s=options.timeout_s)
