@@ -138,4 +138,6 @@ def test_a_server_that_has_died_is_told_in_one_line(server, tmp_path):
     given = ["bench", "quality", "--url", server.url, "--json", str(tmp_path / "dead.json")]
     result = CliRunner().invoke(app, given)
     assert result.exit_code == 2
-    assert re.fullmatch(r"bench quality: no answer from \S+: [^\n]*\n", result.stderr)
+    assert re.fullmatch(
+        r"vllm-kvcompress bench quality: no answer from \S+: [^\n]*\n", result.stderr
+    )
