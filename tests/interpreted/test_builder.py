@@ -14,7 +14,7 @@ from vllm.v1.attention.backend import AttentionCGSupport, CommonAttentionMetadat
 from vllm.v1.outputs import KVConnectorOutput
 from vllm.v1.worker.gpu.cudagraph_utils import BatchExecutionDescriptor
 
-from vllm_kvcompress.config import EngineConfig
+from vllm_kvcompress.config import EngineConfig, parse_engine_config
 from vllm_kvcompress.engine.attention.triton import TritonEngine
 from vllm_kvcompress.engine.candidates import Candidates
 from vllm_kvcompress.engine.device import HeadPathBuilder
@@ -169,6 +169,21 @@ def test_a_worker_has_compressed_before_anyone_asks(batch, monkeypatch):
     assert copied == [1], "the fewest blocks that compression frees any of"
     assert not compressor.tables.requests()
     compressor.check_integrity()
+
+
+@pytest.mark.parametrize("preset", ["snapkv", "fastkv", "keydiff", "windowkv", "tsp", "off"])
+def test_a_worker_warms_up_whatever_its_preset(preset, monkeypatch):
+    layers = 8  # groups of layers want some
+    cache = noise(60, layers, HEADS, B, 2 * SIZE)
+    views = [cache[:, layer] for layer in range(layers)]
+    pool = PagePool(views, PageFormat.by_token(B, SIZE))
+    config = parse_engine_config({"preset": preset})
+    judge = DeviceJudge(config, pool, SIZE**-0.5)
+    compressor, copied = DeviceCompressor(config, pool, judge, ROWS, 40), []
+    monkeypatch.setattr(compressor, "_compact", lambda *args: copied.append(len(args[-1])))
+    compressor.warm_up(HEADS * GROUP, torch.float32)
+    assert len(copied) == (preset not in ("tsp", "off")), "what evicts nothing copies nothing"
+    assert not compressor.tables.requests()
 
 
 def test_the_made_up_prompt_is_as_long_as_the_window(batch, monkeypatch):
