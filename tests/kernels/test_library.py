@@ -30,6 +30,7 @@ esac
 def calls(tmp_path, monkeypatch):
     """Stands for nvcc and a user's cache; returns what nvcc was asked to compile."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setattr(library, "IN_PACKAGE", tmp_path / "in the package")
     log = tmp_path / "log"
     put_nvcc(tmp_path, monkeypatch, "sleep 0.1")
     return lambda: [line for line in log.read_text().splitlines() if " -c " in line]
