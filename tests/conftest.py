@@ -5,11 +5,16 @@ The kernels' tests stay out of them: `test_kernels_apart.py` gives those a proce
 
 import os
 
+from hypothesis import settings
+
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # before anything imports torch
 os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
 os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
 os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
 os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
+
+settings.register_profile("repeatable", derandomize=True)  # what passed once passes again
+settings.load_profile("repeatable")  # new cases: pytest --hypothesis-profile=default
 
 APART = ["kernels", "interpreted", "pretended"]
 collect_ignore = [] if os.environ.get("TRITON_INTERPRET") == "1" else APART

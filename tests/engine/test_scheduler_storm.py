@@ -5,7 +5,7 @@
 
 import pytest
 from engine.weather import Climate, Storm, make_scheduler
-from hypothesis import Phase, given, settings
+from hypothesis import Phase, example, given, settings
 from hypothesis import strategies as st
 
 from vllm_kvcompress import accounting
@@ -90,8 +90,30 @@ def climates(draw):
     )
 
 
+NO_ROOM_AFTER_FREEING = Climate(
+    364,
+    block_tokens=32,
+    num_blocks=21,
+    batch_tokens=2000,
+    max_requests=2,
+    asynchronous=True,
+    kv_compress={
+        "preset": "kv-compress-continual",
+        "rate": 2,
+        "window_tokens": 70,
+        "sink_tokens": 0,
+        "recent_tokens": 0,
+        "continual_slack_blocks": 1,
+    },
+    arrival=0.1,
+    abort=0,
+    store=True,
+)
+
+
 @pytest.mark.timeout(600)
 @given(climates())
+@example(NO_ROOM_AFTER_FREEING)
 @settings(max_examples=4, deadline=None, phases=[Phase.explicit, Phase.generate])
 def test_blocks_pages_and_plans_add_up_in_any_weather(climate):
     tally = Storm(climate).run()

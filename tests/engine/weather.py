@@ -335,12 +335,14 @@ class Storm:
             _, flying = before[name]
             flying = flying if name not in (step.preempted_req_ids or ()) else 0
             processed = max(0, first - flying) if name not in hits else first
-            want.held = blocks_expected(
-                want.plan, processed, max(last, want.loaded * self.climate.block_tokens)
-            )
-        for name in scheduler.requests:
-            held, want = manager.blocks_held(name), self.expected[name].held
-            assert held == want, f"{name} holds {held} blocks, not {want}"
+            want.held = blocks_expected(want, processed, last)
+        for name, request in scheduler.requests.items():
+            held, want = manager.blocks_held(name), self.expected[name]
+            left_out = request in scheduler.running and name not in step.num_scheduled_tokens
+            if left_out and held != want.held:  # vLLM freed, and then found no room for a chunk
+                computed, flying = before[name]
+                want.held = blocks_expected(want, max(0, computed - flying), computed)
+            assert held == want.held, f"{name} holds {held} blocks, not {want.held}"
         self.check_published(step, firsts, natural, arenas, loads)
         self.check_pool()
         return Snapshot(arenas, natural)
@@ -618,12 +620,14 @@ def manager_blocks(manager: PerHeadManager) -> list[tuple[str, list[KVCacheBlock
     return out
 
 
-def blocks_expected(plan: Plan, processed: int, computed: int) -> int:
+def blocks_expected(want: Expected, processed: int, computed: int) -> int:
     """Blocks held once a step is scheduled that ends at `computed` tokens.
 
     Every compression point reached brings an arena; the sources of one are freed only if it was
     processed before.
     """
+    plan = want.plan
+    computed = max(computed, want.loaded * plan.block_tokens)
     held = ceil_div(computed, plan.block_tokens)
     points, point = [], plan.next_point(0)
     while point is not None and point <= computed:
