@@ -1,13 +1,19 @@
 """What the plugin makes of an engine's settings where vLLM sees a CUDA GPU."""
 
+from types import SimpleNamespace
+
 import pytest
 from engine.engines import DEMO_MODEL
-from vllm.config import CUDAGraphMode
+from vllm.config import AttentionConfig, CUDAGraphMode, set_current_vllm_config
 from vllm.engine.arg_utils import EngineArgs
+from vllm.platforms.interface import DeviceCapability
 from vllm.plugins import load_general_plugins
+from vllm.v1.attention.backends import fa_utils
 from vllm.v1.kv_cache_interface import KVCacheLayout
+from vllm.vllm_flash_attn import flash_attn_interface
 
 from vllm_kvcompress.config import StartupError
+from vllm_kvcompress.engine.attention.flash_attn import FlashAttentionEngine
 from vllm_kvcompress.engine.device_worker import KVCompressDeviceWorker
 
 
@@ -67,10 +73,48 @@ def test_two_ranks_are_configured_as_one():
 
 
 @pytest.mark.parametrize(
+    ("capability", "built", "asked", "head_size", "version"),
+    [
+        ((8, 0), {2}, None, 128, 2),
+        ((9, 0), {2, 3, 4}, None, 128, 3),
+        ((9, 0), {2, 3, 4}, 2, 128, 2),
+        ((9, 0), {2, 3, 4}, 4, 128, None),
+        ((9, 0), {2, 3, 4}, None, 512, None),
+        ((10, 0), {2, 4}, None, 128, None),
+        ((10, 0), {2, 4}, 3, 128, None),
+        ((10, 0), {2, 4}, None, 256, 2),
+        ((10, 0), {2, 4}, 2, 128, 2),
+    ],
+)
+def test_compressed_requests_get_vllms_own_version_of_flash_attention_or_none(
+    capability, built, asked, head_size, version, monkeypatch
+):
+    monkeypatch.setattr(
+        fa_utils.current_platform, "get_device_capability", lambda: DeviceCapability(*capability)
+    )
+    monkeypatch.setattr(flash_attn_interface, "is_fa_version_supported", built.__contains__)
+    config = SimpleNamespace(
+        attention_config=AttentionConfig(flash_attn_version=asked),
+        model_config=SimpleNamespace(get_head_size=lambda: head_size, is_diffusion=False),
+    )
+    with set_current_vllm_config(config):
+        if version is None:
+            with pytest.raises(ValueError, match="calls FlashAttention 2 and 3"):
+                FlashAttentionEngine()
+        else:
+            assert FlashAttentionEngine()._version == version
+
+
+@pytest.mark.parametrize(
     ("kv_compress", "options", "says"),
     [
         ({"attention_engine": "flash_attn"}, {"attention_backend": "TRITON_ATTN"}, "works beside"),
         ({"attention_engine": "flash_attn"}, {"dtype": "float32"}, "float16 and bfloat16 only"),
+        (
+            {"attention_engine": "flash_attn"},  # built for 3 alone
+            {"attention_config": {"flash_attn_version": 2}},
+            "neither FlashAttention 2 nor 3",
+        ),
         ({"attention_engine": "cpu"}, {}, "CPU build"),
         ({}, {"attention_backend": "FLEX_ATTENTION"}, "does not work beside FLEX_ATTENTION"),
         ({}, {"data_parallel_size": 2}, "data parallelism"),

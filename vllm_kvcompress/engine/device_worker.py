@@ -2,6 +2,7 @@
 
 from typing import Any, ClassVar
 
+from vllm.config import set_current_vllm_config
 from vllm.platforms import current_platform
 from vllm.utils.import_utils import resolve_obj_by_qualname
 from vllm.v1.attention.backend import AttentionBackend
@@ -40,7 +41,8 @@ class DeviceWorker(PerHeadWorker):
 
     def load_model(self, **kwargs: Any) -> None:
         config = self._config()
-        self._engine = load(config.attention_engine)()
+        with set_current_vllm_config(self.vllm_config):  # type: ignore[attr-defined]
+            self._engine = load(config.attention_engine)()
         self._cuda = page_kernels.load_cuda(config.kernels)
         super().load_model(**kwargs)
 
