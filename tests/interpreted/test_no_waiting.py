@@ -176,8 +176,8 @@ def on_host(config, pool) -> Compressor:
 
 
 def on_device(config, pool) -> DeviceCompressor:
-    """The interpreter is slow: only the default is scored by the kernel."""
-    judge = DeviceJudge if config.preset == DEFAULT_PRESET else Judge
+    """The interpreter is slow: of the presets it scores two by the kernel."""
+    judge = DeviceJudge if config.preset in (DEFAULT_PRESET, "windowkv") else Judge
     return DeviceCompressor(config, pool, judge(config, pool, SIZE**-0.5), 2, BLOCKS)
 
 

@@ -160,3 +160,4 @@ class KVCompressCPUWorker(PerHeadWorker, CPUWorker):
 
     replaced_backend: ClassVar[Any] = AttentionBackendEnum.CPU_ATTN
     backend: ClassVar[type[CPUAttentionBackend]] = PerHeadCPUBackend
+    kernels: ClassVar = {"attention": ("cpu",), "compaction": ("cpu",)}

@@ -49,14 +49,18 @@ class DeviceWorker(PerHeadWorker):
         self._scratch = Scratch(rows, pool.num_heads, width, pool.device)
         longest = self.vllm_config.model_config.max_model_len  # type: ignore[attr-defined]
         group = self._query_heads() // pool.num_heads
-        kernels = page_kernels.choose(
-            config.kernels, self._cuda, pool, group, self._scratch, longest
-        )
-        self._engine.use(kernels.attend)
+        attends: tuple[str, ...] = (self._engine.name,)
+        if self._engine.attend_pages is not None:
+            attention = page_kernels.choose_attention(
+                config.kernels, self._cuda, pool, group, self._scratch, longest
+            )
+            self._engine.attend_pages, attends = attention.kernel, attention.names
+        compaction = page_kernels.choose_compaction(config.kernels, self._cuda, pool)
+        self.kernels = {"attention": attends, "compaction": compaction.names}
         for call in page_kernels.batches(pool, group, self._scratch, longest, 1):
             self._engine.attend(call)  # whatever it compiles, it compiles now
         judge = DeviceJudge(config, pool, scale, mean_over_ranks)
-        return DeviceCompressor(config, pool, judge, rows, width, kernels.compact)
+        return DeviceCompressor(config, pool, judge, rows, width, compaction.kernel)
 
     def compile_or_warm_up_model(self) -> Any:
         """Compression first: behind its own warm-up vLLM reports, or refuses, what compiles."""
