@@ -67,6 +67,21 @@ def test_graphs_and_layout_are_what_the_backends_take():
         assert mode == CUDAGraphMode.FULL_AND_PIECEWISE
 
 
+@pytest.mark.parametrize("backend", ["FLASH_ATTN", "TRITON_ATTN"])
+@pytest.mark.parametrize("window", [None, 64])
+def test_a_layer_with_a_window_is_refused_when_it_meets_the_pool(backend, window):
+    worker = object.__new__(KVCompressDeviceWorker)
+    worker.vllm_config = configured(attention_backend=backend)
+    with set_current_vllm_config(worker.vllm_config):
+        impl = worker.backend.get_impl_cls()(4, 64, 0.125, 2, None, window, "auto")
+    if window is None:
+        impl.bind("the pool", 3)
+        assert (impl.pool, impl.pool_layer) == ("the pool", 3)
+    else:
+        with pytest.raises(ValueError, match=r"layer 3 yet: .* sliding window"):
+            impl.bind("the pool", 3)
+
+
 def test_two_ranks_are_configured_as_one():
     config = configured(tensor_parallel_size=2, distributed_executor_backend="mp")
     assert config.parallel_config.worker_cls.endswith(".KVCompressDeviceWorker")

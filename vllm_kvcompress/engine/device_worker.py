@@ -72,7 +72,8 @@ class DeviceWorker(PerHeadWorker):
         return super().compile_or_warm_up_model()  # type: ignore[misc]
 
     def bind(self, impl: Any, pool: PagePool, pool_layer: int) -> None:
-        impl.bind(pool, pool_layer, self._engine)
+        super().bind(impl, pool, pool_layer)
+        impl.engine = self._engine
 
     def attach(self, builder: Any) -> None:
         super().attach(builder)
