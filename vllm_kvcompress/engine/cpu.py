@@ -20,11 +20,16 @@ from vllm.v1.attention.backends.registry import AttentionBackendEnum
 from vllm.v1.kv_cache_interface import AttentionSpec, KVCacheLayout
 from vllm.v1.worker.cpu_worker import CPUWorker
 
+from vllm_kvcompress.config import EngineConfig
 from vllm_kvcompress.engine.attention.cpu import CPUEngine
 from vllm_kvcompress.engine.attention.interface import HeadCall
 from vllm_kvcompress.engine.batch import HeadBatch
+from vllm_kvcompress.engine.compressor import Compressor
+from vllm_kvcompress.engine.cpu_compressor import CPUCompressor
+from vllm_kvcompress.engine.cpu_judge import CPUJudge
+from vllm_kvcompress.engine.cpu_kernels import CPUKernels
 from vllm_kvcompress.engine.windows import Capture
-from vllm_kvcompress.engine.worker import PerHeadWorker, StepView
+from vllm_kvcompress.engine.worker import PerHeadWorker, StepView, mean_over_ranks
 from vllm_kvcompress.paging.pool import PagePool
 from vllm_kvcompress.paging.spec import per_head_spec
 
@@ -160,3 +165,10 @@ class KVCompressCPUWorker(PerHeadWorker, CPUWorker):
 
     replaced_backend: ClassVar[Any] = AttentionBackendEnum.CPU_ATTN
     backend: ClassVar[type[CPUAttentionBackend]] = PerHeadCPUBackend
+
+    def make_compressor(self, config: EngineConfig, pool: PagePool, scale: float) -> Compressor:
+        kernels = CPUKernels.of(pool)
+        if kernels is None:
+            return super().make_compressor(config, pool, scale)
+        judge = CPUJudge(config, pool, scale, mean_over_ranks, kernels=kernels)
+        return CPUCompressor(config, pool, judge, kernels)
