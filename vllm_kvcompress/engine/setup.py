@@ -17,6 +17,7 @@ from vllm.v1.attention.backends.registry import AttentionBackendEnum
 
 from vllm_kvcompress.config import EngineConfig, StartupError, parse_engine_config
 from vllm_kvcompress.engine.attention import choose
+from vllm_kvcompress.engine.memory import with_window_capacity
 from vllm_kvcompress.engine.propagation_limits import with_tsp_capacity
 from vllm_kvcompress.engine.refusals import (
     AFTER,
@@ -80,7 +81,7 @@ def configured(
         # Triton compiles at a kernel's first call, which must not be the one that is captured.
         compilation.cudagraph_num_of_warmups = max(1, compilation.cudagraph_num_of_warmups)
     _check_for_model(config, vllm_config)
-    config = with_tsp_capacity(config, vllm_config)
+    config = with_window_capacity(with_tsp_capacity(config, vllm_config), vllm_config)
     vllm_config.additional_config["kv_compress"] = config.to_dict()
     scheduler_config = vllm_config.scheduler_config
     scheduler_config.scheduler_cls = (
