@@ -287,9 +287,9 @@ class Compressor:
         del scores
         arena_blocks = pool.ids(arena)
         self._copy(candidates.pages, tokens, kept.indices, arena_blocks)
-        if request.plan.slack_blocks is not None:
+        if again := request.plan.slack_blocks is not None:
             request.positions = candidates.positions_of(kept.indices)
-        self.tables.enter(due.request_id, kept.pages, arena_blocks, full_tokens)
+        self.tables.enter(due.request_id, kept.pages, arena_blocks, full_tokens, again)
         request.window = request.selected = None
 
     def _copy(self, candidates: Tensor, tokens: int, kept: Tensor, arena_blocks: Tensor) -> None:

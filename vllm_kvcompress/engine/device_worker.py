@@ -3,6 +3,7 @@
 from math import ceil
 from typing import Any, ClassVar
 
+from vllm.config import set_current_vllm_config
 from vllm.platforms import current_platform
 from vllm.utils.import_utils import resolve_obj_by_qualname
 from vllm.v1.attention.backend import AttentionBackend
@@ -43,7 +44,8 @@ class DeviceWorker(PerHeadWorker):
 
     def load_model(self, **kwargs: Any) -> None:
         config = self._config()
-        self._engine = load(config.attention_engine)()
+        with set_current_vllm_config(self.vllm_config):  # type: ignore[attr-defined]
+            self._engine = load(config.attention_engine)()
         self._cuda = page_kernels.load_cuda(config.kernels)
         super().load_model(**kwargs)
 
@@ -52,12 +54,14 @@ class DeviceWorker(PerHeadWorker):
         self._scratch = Scratch(rows, pool.num_heads, width, pool.device)
         longest = self.vllm_config.model_config.max_model_len  # type: ignore[attr-defined]
         group = self._query_heads() // pool.num_heads
+        attends: tuple[str, ...] = (self._engine.name,)
         if self._engine.attend_pages is not None:
             attention = page_kernels.choose_attention(
                 config.kernels, self._cuda, pool, group, self._scratch, longest
             )
-            self._engine.attend_pages = attention.kernel
+            self._engine.attend_pages, attends = attention.kernel, attention.names
         compaction = page_kernels.choose_compaction(config.kernels, self._cuda, pool)
+        self.kernels = {"attention": attends, "compaction": compaction.names}
         for call in page_kernels.batches(pool, group, self._scratch, longest, 1):
             self._engine.attend(call)  # whatever it compiles, it compiles now
         judge = DeviceJudge(config, pool, scale, mean_over_ranks)
@@ -71,7 +75,8 @@ class DeviceWorker(PerHeadWorker):
         return super().compile_or_warm_up_model()  # type: ignore[misc]
 
     def bind(self, impl: Any, pool: PagePool, pool_layer: int) -> None:
-        impl.bind(pool, pool_layer, self._engine)
+        super().bind(impl, pool, pool_layer)
+        impl.engine = self._engine
 
     def attach(self, builder: Any) -> None:
         super().attach(builder)

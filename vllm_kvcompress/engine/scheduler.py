@@ -124,7 +124,7 @@ class _PerHead(Scheduler):
         """vLLM's statistics with ours under a key of their own in `kv_connector_stats`."""
         args, worker_stats = _take_worker_stats(args)
         if worker_stats is not None and self.log_stats:
-            self.totals.add_seconds(worker_stats.data["seconds"])
+            self.totals.add(worker_stats)
         stats = super().make_stats(*args, **kwargs)
         if stats is not None and self.totals.changed():
             self.totals.blocks_freed = self.per_head.freed_blocks
@@ -148,7 +148,7 @@ class KVCompressAsyncScheduler(_PerHead, AsyncScheduler):
 
 
 def _take_worker_stats(args: tuple[Any, ...]) -> tuple[tuple[Any, ...], WorkerStats | None]:
-    """Split `make_stats`' positional arguments from the timings our worker sent along."""
+    """Split `make_stats`' positional arguments from what our worker sent along."""
     for index, value in enumerate(args):
         if isinstance(value, WorkerStats):
             return (*args[:index], value.connector, *args[index + 1 :]), value

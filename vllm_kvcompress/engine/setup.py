@@ -6,10 +6,11 @@ each (`engine/refusals.py`), before any process starts.
 
 import os
 from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any
 
 import vllm
-from vllm.config import VllmConfig
+from vllm.config import VllmConfig, set_current_vllm_config
 from vllm.logger import init_logger
 from vllm.platforms import current_platform
 from vllm.v1.attention.backends.registry import AttentionBackendEnum
@@ -99,8 +100,11 @@ def with_engine(config: EngineConfig, engine_args: Any, platform: Any) -> Engine
     """
     asked = engine_args.attention_backend or engine_args.attention_config.backend
     beside = None if platform.is_cpu() or not asked else getattr(asked, "name", asked).upper()
+    # There vLLM looks for the version of FlashAttention that was asked for.
+    so_far: Any = SimpleNamespace(attention_config=engine_args.attention_config, model_config=None)
     try:
-        engine = choose(config.attention_engine, platform, str(engine_args.dtype), beside)
+        with set_current_vllm_config(so_far):
+            engine = choose(config.attention_engine, platform, str(engine_args.dtype), beside)
     except ValueError as error:
         raise StartupError(str(error)) from None
     if not platform.is_cpu():

@@ -4,7 +4,7 @@ Extends vLLM's `Worker` by cooperative inheritance; a platform adds its attentio
 (`engine/cpu.py`). The model runner is read, never changed (`engine/runners.py`).
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -33,6 +33,7 @@ from vllm_kvcompress.engine.judge import Judge
 from vllm_kvcompress.engine.propagation import Propagation
 from vllm_kvcompress.engine.runners import ANY, FULL, Runner, runner_of
 from vllm_kvcompress.engine.stash import Stash
+from vllm_kvcompress.engine.stats import WorkerStats
 from vllm_kvcompress.engine.windows import Capture
 from vllm_kvcompress.paging.formats import page_format
 from vllm_kvcompress.paging.pool import PagePool
@@ -137,6 +138,8 @@ class PerHeadWorker:
 
     replaced_backend: ClassVar[Any]
     backend: ClassVar[type[AttentionBackend]]
+    kernels: Mapping[str, Sequence[str]]
+    """Whose kernels run, by what they do."""
     compressor: Compressor | None = None
     propagation: Propagation | None = None
 
@@ -172,6 +175,7 @@ class PerHeadWorker:
         pool = PagePool(caches, page_format(first, caches[0]))
         config = parse_engine_config(vllm_config.additional_config["kv_compress"])
         self.compressor = self.make_compressor(config, pool, first.impl.scale)
+        self._kernels_to_tell = self.kernels
         self._runner = runner_of(runner)
         self._view = StepView(self.compressor, self._runner, runner.attn_groups)
         for layer in layers.values():
@@ -234,8 +238,9 @@ class PerHeadWorker:
         with selecting, graphs:
             output = super().execute_model(scheduler_output)  # type: ignore[misc]
         compressor.finish_step(self._view.block_ids)
-        if seconds := compressor.clock.take():
-            self._runner.send_seconds(seconds)
+        if output is None:  # the step's output is still to come
+            self._runner.send(WorkerStats.of(compressor.clock.take(), self._kernels_to_tell))
+            self._kernels_to_tell = {}
         return output
 
     def sample_tokens(self, grammar_output: Any) -> Any:
