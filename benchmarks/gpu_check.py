@@ -113,6 +113,8 @@ class Process:
         began = time.monotonic()
         try:
             for line in self._lines(until):
+                if not line.startswith(b"{"):
+                    continue  # what Python's own start has printed
                 yield (message := json.loads(line))
                 if "state" in message:
                     return
