@@ -98,7 +98,7 @@ def paged(lengths: list[int], size: int, dtype: torch.dtype, page_tokens: int = 
 def _attention(attend: Callable[..., None]) -> Errors:
     for dtype, bound in TOLERANCE.items():
         worst = torch.zeros((), dtype=torch.float64, device=DEVICE)
-        for size, group in (shape[::2] for shape in SHAPES if shape[1] == dtype):
+        for size, group in ((size, group) for size, of, group in SHAPES if of == dtype):
             pool, tables, lengths = paged(LENGTHS, size, dtype)
             keys, values = split_pages(pool)
             queries = torch.randn(len(LENGTHS), group, size, device=DEVICE).to(dtype)
