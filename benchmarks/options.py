@@ -32,6 +32,7 @@ def existing_model(model: str | None) -> str | None:
 
 CANNOT_MEASURE = 2
 DTYPES = ("auto", "float32", "bfloat16", "float16")
+MOST_SEED = 2**31
 _AS_VLLMS = f"As vLLM's: {', '.join(DTYPES)}."
 Dtype = Annotated[str, Option(callback=_known_dtype, help=_AS_VLLMS)]
 ModelsDtype = Annotated[

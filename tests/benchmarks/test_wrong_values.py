@@ -17,6 +17,8 @@ from vllm_kvcompress.cli import app
         ("bench codec --layers 1000000000000000000000", "channels are more than 268435456"),
         ("bench codec --rounds 1000000000000000000000", "less than or equal to 1000"),
         ("bench codec --json /dev/null/a.json", "cannot write /dev/null/a.json: File exists"),
+        ("bench attention --least-ms inf", "less than or equal to 60000"),
+        ("bench attention --seed 1000000000000000000000", "less than or equal to 2147483648"),
         ("bench prefill --json .", "cannot write .: Is a directory"),
         ("bench stream --url nonsense", "no figures of a store from nonsense"),
         ("bench serve --url http://localhost:1", "no vLLM server answers at http://localhost:1"),

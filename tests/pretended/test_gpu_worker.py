@@ -26,7 +26,6 @@ RUNNERS = {"0": "vllm.v1.worker.gpu_model_runner", "1": "vllm.v1.worker.gpu.mode
 TSP = {"kv_compress": "tsp"}
 
 
-@pytest.mark.timeout(600)
 @pytest.mark.parametrize("second", ["0", "1"], ids=["first runner", "second runner"])
 def test_graphs_steps_without_graphs_and_a_loaded_prompt_say_the_same(
     second, monkeypatch, tmp_path
