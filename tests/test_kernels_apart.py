@@ -16,7 +16,7 @@ pytestmark = [
         os.environ.get("TRITON_INTERPRET") == "1", reason="they run in this process"
     ),
     pytest.mark.slow,
-    pytest.mark.timeout(900),
+    pytest.mark.timeout(3600),
 ]
 
 

@@ -266,7 +266,6 @@ def plan_of(llm, n, knobs=None):
     return accounting.plan(n, BLOCK, compressor.pool.num_blocks, settings), settings
 
 
-@pytest.mark.timeout(600)
 def test_a_compiled_model_says_what_an_eager_one_says():
     """Its steps without propagation stay compiled; those with are passed by."""
     asked = [

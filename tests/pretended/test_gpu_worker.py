@@ -72,7 +72,6 @@ def record(monkeypatch, kind, name, results):
     monkeypatch.setattr(kind, name, recorded)
 
 
-@pytest.mark.timeout(600)
 @pytest.mark.parametrize("second", ["0", "1"], ids=["first runner", "second runner"])
 def test_graphs_steps_without_graphs_and_a_loaded_prompt_say_the_same(
     second, monkeypatch, tmp_path
