@@ -181,12 +181,14 @@ def _text(report: Report) -> str:
     ]
     if not report.compressed:
         return "\n".join([*lines, f"NOT COMPRESSED: {report.reason}"])
+    kernels = ", ".join(f"{task} {'+'.join(names)}" for task, names in report.kernels.items())
     return "\n".join(
         [
             *lines,
             f"blocks held   {report.blocks_before} -> {report.blocks_after}",
             f"tokens held   {report.held_tokens} of {report.prompt_tokens} per head "
             f"({report.held_share:.1%})",
+            f"kernels       {kernels}",
             f"COMPRESSED by {report.preset}",
         ]
     )

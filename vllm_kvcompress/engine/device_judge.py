@@ -13,10 +13,11 @@ from vllm_kvcompress.kernels import WindowScore, score_window, split_pages
 from vllm_kvcompress.policy.attention import AttentionScorer
 from vllm_kvcompress.policy.interfaces import Propagator, Scorer
 from vllm_kvcompress.policy.propagators import AttentionPropagator
+from vllm_kvcompress.policy.windows import WindowScorer
 
 
 class DeviceJudge(Judge):
-    """Scores windows by the kernel where the scorer, or the propagator, is `attention`."""
+    """Scores by the kernel what scorers and propagators of this package make of attention."""
 
     def __init__(self, *args: Any) -> None:
         super().__init__(*args)
@@ -32,18 +33,38 @@ class DeviceJudge(Judge):
     def _score_layer(
         self, scorer: Scorer, candidates: Candidates, layer: int, window: QueryWindow | None
     ) -> Tensor:
-        if type(scorer) is not AttentionScorer or window is None:
-            return super()._score_layer(scorer, candidates, layer, window)
-        heads, tokens = self._pool.num_heads, candidates.tokens
+        heads = self._pool.num_heads
+        if window is not None and type(scorer) is AttentionScorer:
+            queries = window.layer(layer, heads)
+            return self._attention(scorer, candidates, candidates.pages, queries, window)
+        if window is not None and type(scorer) is WindowScorer:
+            queries = window.layer(layer, heads)
+            alone = queries.flatten(1, 2).unsqueeze(2)  # each query head a KV head of its own
+            pages = candidates.pages.repeat_interleave(queries.shape[2], dim=0)
+            mass = self._attention(scorer.attention(), candidates, pages, alone, window)
+            obs = self._observe(candidates, layer, window, keys=False, values=False)
+            return scorer.token_worth(mass, obs).expand(heads, -1)
+        return super()._score_layer(scorer, candidates, layer, window)
+
+    def _attention(
+        self,
+        scorer: AttentionScorer,
+        candidates: Candidates,
+        pages: Tensor,
+        queries: Tensor,
+        window: QueryWindow,
+    ) -> Tensor:
+        """f32 `[H, n]` from queries `[w, H, G, D]` and the candidates in `pages [H, P]`."""
         if candidates.valid is None:
-            lengths = torch.full((heads,), tokens, dtype=torch.int32, device=self._pool.device)
+            shape, device = (len(pages),), self._pool.device
+            lengths = torch.full(shape, candidates.tokens, dtype=torch.int32, device=device)
         else:
             lengths = candidates.valid.sum(dim=-1, dtype=torch.int32)
         return score_window(
-            window.layer(layer, heads),
+            queries,
             window.positions(),
             self._keys,
-            candidates.pages.contiguous(),
+            pages.contiguous(),
             lengths,
             candidates.positions.contiguous(),
             self._scale,
