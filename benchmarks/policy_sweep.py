@@ -41,12 +41,12 @@ from vllm_kvcompress.bench.demo_model.language import (
     needle_task,
     span_task,
 )
+from vllm_kvcompress.bench.engine import MODEL
 from vllm_kvcompress.bench.policy_reader import Reader, Reading
 from vllm_kvcompress.bench.quality.judge import CONTROL
 from vllm_kvcompress.policy import Observation, Policy, build
 from vllm_kvcompress.presets import DEFAULT_PRESET, Preset, load_preset, shipped_presets
 
-MODEL = Path(accounting.__file__).parent / "demo_model"
 FACTS = 16
 FORMS: tuple[Form, ...] = ("chat", "plain")
 TASKS: dict[str, Callable[[random.Random, int], Task]] = {

@@ -10,13 +10,12 @@ from random import Random
 import pytest
 from typer.testing import CliRunner
 
-import vllm_kvcompress
+from vllm_kvcompress.bench.engine import MODEL
 from vllm_kvcompress.bench.quality import demo
 from vllm_kvcompress.bench.vllm_server import VllmServer
 from vllm_kvcompress.cli import app
 
 pytestmark = pytest.mark.engine
-MODEL = Path(vllm_kvcompress.__file__).parent / "demo_model"
 FORGETFUL = """
 from dataclasses import dataclass
 
