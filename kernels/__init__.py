@@ -6,6 +6,7 @@ waits for the device or looks at data on the host, so all of them may stand in C
 """
 
 from vllm_kvcompress.kernels.attention import (
+    MIN_SPLIT_TOKENS,
     attend_pages,
     attend_pages_reference,
     splits_for,
@@ -16,6 +17,7 @@ from vllm_kvcompress.kernels.slots import head_slots, head_slots_reference
 from vllm_kvcompress.kernels.tables import Arenas, fill_tables, fill_tables_reference
 
 __all__ = [
+    "MIN_SPLIT_TOKENS",
     "Arenas",
     "WindowScore",
     "attend_pages",
