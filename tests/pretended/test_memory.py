@@ -96,6 +96,7 @@ def cache_blocks(vllm_config, available):
         block_size=16, num_kv_heads=HEADS, head_size=SIZE, dtype=torch.bfloat16
     )
     specs = {f"layer{i}": spec for i in range(LAYERS)}
+    vllm_config.cache_config.kv_cache_layout = "BLHNC"
     (config,) = get_kv_cache_configs(vllm_config, [specs], [available])
     return config.num_blocks
 
