@@ -22,7 +22,7 @@ from vllm_kvcompress.bench.attention_step import (
 from vllm_kvcompress.bench.charts import COLOURS, PLAIN_COLOUR, log_y, panels, save
 from vllm_kvcompress.bench.engine import BLOCK_TOKENS, prepare
 from vllm_kvcompress.bench.harness import Summary, Verdict, cpu_model, paired_ratio, write_report
-from vllm_kvcompress.bench.options import ListCommand, Threads
+from vllm_kvcompress.bench.options import MOST_SEED, ListCommand, Threads
 from vllm_kvcompress.bench.progress import progress_bar
 from vllm_kvcompress.bench.table import Table
 from vllm_kvcompress.bench.terminal import conclude, show_results, terminal
@@ -174,12 +174,16 @@ def main(
         float, typer.Option(help="How uneven the heads are: sigma of log pages.", min=0, max=4)
     ] = 1.0,
     repeats: Annotated[int, typer.Option(help="Measured turns of each.", min=1)] = 9,
-    least_ms: Annotated[float, typer.Option(help="A turn takes at least so long.", min=0)] = 20,
+    least_ms: Annotated[
+        float, typer.Option(help="A turn takes at least so long.", min=0, max=60_000)
+    ] = 20,
     memory_gib: Annotated[
         float, typer.Option(help="Points whose cache is larger are left out.", min=0.01)
     ] = 4,
     threads: Threads = 0,
-    seed: Annotated[int, typer.Option(help="Of keys, values, blocks and pages.")] = 0,
+    seed: Annotated[
+        int, typer.Option(help="Of keys, values, blocks and pages.", min=0, max=MOST_SEED)
+    ] = 0,
     json: Annotated[Path, typer.Option(help="The report; the plot goes beside it.")] = Path(
         "results/attention.json"
     ),

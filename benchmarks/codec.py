@@ -27,6 +27,7 @@ from vllm_kvcompress.transport.levels import DEFAULT_LEVEL, LEVELS
 from vllm_kvcompress.transport.sample import CannotSample, sample
 
 HEAD_SIZE = 128
+MOST_VALUES = 1 << 28  # of the synthetic input's K; with V, and as float32, 2 GiB
 TIMES_LMCACHE, SHARE_OF_LMCACHE = 30, 0.65
 TIMES_SMALLER = {32: 4.2, 16: 6.0}  # under bf16, at the published quantiser's error
 LMCACHE = "LMCache, its default"
@@ -239,6 +240,7 @@ def draw(named: Sequence[tuple[str, Sequence[Measured]]], path: Path) -> None:
         threads = (f", {r.threads} threads" if r.threads > 1 else "" for r in results)
         axes.set_yticks(at, [r.what + n for r, n in zip(results, threads, strict=True)])
         axes.set_xscale("log")
+        charts.whole_numbers(axes.xaxis)
         axes.set_xlabel("MB/s of bf16 KV, whole path")
         axes.set_title(name)
         axes.legend(loc="upper left")
@@ -256,11 +258,13 @@ def main(
         ),
     ] = str(MODEL),
     tokens: Annotated[int, typer.Option(help="Tokens of each input.", min=2)] = 1024,
-    chunk_tokens: Annotated[int, typer.Option(help="Tokens per chunk.", min=1)] = 256,
+    chunk_tokens: Annotated[int, typer.Option(help="Tokens per chunk.", min=1, max=32_767)] = 256,
     layers: Annotated[int, typer.Option(help="Layers of the synthetic input.", min=1)] = 4,
     channels: Annotated[int, typer.Option(help="Its channels (8B models: 1024).", min=1)] = 1024,
-    rounds: Annotated[int, typer.Option(help="Timed rounds of each.", min=1)] = 5,
-    threads: Annotated[int, typer.Option(help="The most threads; 0 for all cores.", min=0)] = 0,
+    rounds: Annotated[int, typer.Option(help="Timed rounds of each.", min=1, max=1000)] = 5,
+    threads: Annotated[
+        int, typer.Option(help="The most threads; 0 for all cores.", min=0, max=64)
+    ] = 0,
     lmcache_python: Annotated[
         Path | None,
         typer.Option(
@@ -278,6 +282,10 @@ def main(
 
     Example: `vllm-kvcompress bench codec --json results/codec.json --plot results/codec.png`
     """
+    if layers * tokens * channels > MOST_VALUES:
+        raise typer.BadParameter(
+            f"{layers} layers x {tokens} tokens x {channels} channels are more than {MOST_VALUES}"
+        )
     threads = threads or len(os.sched_getaffinity(0))
     parameters = dict(locals())
     try:
@@ -291,8 +299,8 @@ def main(
     ]
     tables, verdicts, named, report = [], [], [], {}
     with ExitStack() as stack:
-        lmcache = stack.enter_context(Lmcache(lmcache_python)) if lmcache_python else None
         try:
+            lmcache = stack.enter_context(Lmcache(lmcache_python)) if lmcache_python else None
             for given in inputs:
                 results = speeds(given, chunk_tokens, threads, rounds, lmcache)
                 at_equal_error = sizes(given, chunk_tokens, lmcache)

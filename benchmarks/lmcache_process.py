@@ -24,7 +24,11 @@ class Coded(NamedTuple):
 
 
 class Lmcache:
-    """A context: the interpreter runs as long as it lasts."""
+    """A context: the interpreter runs as long as it lasts.
+
+    Raises:
+        LmcacheFailed: on entering, when that file cannot be run.
+    """
 
     def __init__(self, python: Path) -> None:
         self.python, self.version = python, ""
@@ -32,13 +36,17 @@ class Lmcache:
     def __enter__(self) -> "Lmcache":
         self._folder = TemporaryDirectory()
         self._errors = (Path(self._folder.name) / "errors").open("w+")
-        self._process = subprocess.Popen(
-            [self.python, WORKER],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=self._errors,
-            text=True,
-        )
+        try:
+            self._process = subprocess.Popen(
+                [self.python.absolute(), WORKER],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=self._errors,
+                text=True,
+            )
+        except OSError as error:
+            self._clean_up()
+            raise LmcacheFailed(f"{self.python}: {error.strerror}") from None
         return self
 
     def __exit__(
@@ -49,6 +57,9 @@ class Lmcache:
     ) -> None:
         self._process.kill()
         self._process.communicate()
+        self._clean_up()
+
+    def _clean_up(self) -> None:
         self._errors.close()
         self._folder.cleanup()
 

@@ -32,6 +32,7 @@ def existing_model(model: str | None) -> str | None:
 
 CANNOT_MEASURE = 2
 DTYPES = ("auto", "float32", "bfloat16", "float16")
+MOST_SEED = 2**31
 _AS_VLLMS = f"As vLLM's: {', '.join(DTYPES)}."
 Dtype = Annotated[str, Option(callback=_known_dtype, help=_AS_VLLMS)]
 ModelsDtype = Annotated[
@@ -56,11 +57,29 @@ Hidden = Annotated[
 ]
 
 
+OUTPUTS = ("json", "plot")
+"""Options that name a file to write."""
+
+
+def check_writable(path: Path) -> None:
+    """Raises BenchError before minutes are spent on a report that nobody could write."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        there = path.exists()
+        path.open("ab").close()
+        if not there:
+            path.unlink()
+    except (OSError, ValueError) as error:
+        raise BenchError(f"cannot write {path}: {getattr(error, 'strerror', error)}") from None
+
+
 class BenchCommand(TyperCommand):
     """A command that ends with one line and exit code 2 where it cannot measure."""
 
     def invoke(self, ctx: Context) -> Any:
         try:
+            for path in filter(None, map(ctx.params.get, OUTPUTS)):
+                check_writable(path)
             return super().invoke(ctx)
         except BenchError as error:
             echo(f"{ctx.command_path}: {error}", err=True)

@@ -13,6 +13,7 @@ from vllm_kvcompress.bench.crossover import Point
 from vllm_kvcompress.bench.engine import Round
 from vllm_kvcompress.bench.harness import Summary, Verdict, paired_ratio
 from vllm_kvcompress.bench.variants import PLAIN, Variant
+from vllm_kvcompress.presets import read_text
 
 SAME_WORK = 0.9  # two processes of one build were seen 5 % apart
 NEVER_BELOW = 0.5
@@ -85,7 +86,11 @@ def read_baseline(path: Path) -> Baseline:
         typer.BadParameter: the file cannot be read, or is no such report.
     """
     try:
-        report = json.loads(path.read_text())
+        text = read_text(path)
+    except ValueError as error:
+        raise typer.BadParameter(str(error)) from None
+    try:
+        report = json.loads(text)
         return {
             (Point(at["prompts"], at["prompt_tokens"]), name, figure): float(
                 row["ratio_to_plain"][figure]["median"]
@@ -94,7 +99,5 @@ def read_baseline(path: Path) -> Baseline:
             for name, row in at["rows"].items()
             for figure in WORDS
         }
-    except OSError as error:
-        raise typer.BadParameter(f"cannot read {path}: {error.strerror}") from None
-    except (ValueError, KeyError, TypeError, AttributeError):
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
         raise typer.BadParameter(f"{path} is no report of bench throughput") from None

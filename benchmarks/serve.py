@@ -13,7 +13,7 @@ import typer
 from vllm_kvcompress.bench.engine import BLOCK_TOKENS, MODEL, environment
 from vllm_kvcompress.bench.errors import BenchError
 from vllm_kvcompress.bench.harness import cpu_model, write_report
-from vllm_kvcompress.bench.options import Dtype, ListCommand, Threads, existing_model
+from vllm_kvcompress.bench.options import MOST_SEED, Dtype, ListCommand, Threads, existing_model
 from vllm_kvcompress.bench.process import ProcessEnded
 from vllm_kvcompress.bench.progress import progress_bar
 from vllm_kvcompress.bench.serve_client import BenchFailed, Load, Run, Target, look, run
@@ -216,7 +216,7 @@ def main(
         int, typer.Option(help="The first server's, the others follow; 0 for free ones.", min=0)
     ] = 0,
     start_timeout: Annotated[float, typer.Option(help="Seconds a server may start.", min=1)] = 600,
-    seed: Annotated[int, typer.Option(help="Of the random prompts.")] = 0,
+    seed: Annotated[int, typer.Option(help="Of the random prompts.", min=0, max=MOST_SEED)] = 0,
     json: Annotated[Path, typer.Option(help="The report; the plot goes beside it.")] = Path(
         "results/serve.json"
     ),

@@ -93,7 +93,11 @@ def verify_server(
         CannotVerify: the server cannot be reached, refuses, or runs without compression.
     """
     headers = {"Authorization": f"Bearer {api_key}"} if api_key else {}
-    with httpx.Client(base_url=url.rstrip("/"), headers=headers, timeout=TIMEOUT_S) as client:
+    try:
+        client = httpx.Client(base_url=url.rstrip("/"), headers=headers, timeout=TIMEOUT_S)
+    except (httpx.InvalidURL, UnicodeError) as error:
+        raise CannotVerify(f"that URL, or that API key, cannot be sent: {error}") from None
+    with client:
         server = _Server(client)
         served = server.model(model)
         if not preset:
@@ -136,7 +140,10 @@ class _Server:
         self._client = client
 
     def model(self, name: str) -> dict[str, Any]:
-        served = self._call("GET", "/v1/models")["data"]
+        answer = self._call("GET", "/v1/models")
+        served = answer.get("data") if isinstance(answer, dict) else None
+        if not served:
+            raise CannotVerify(f"{self._client.base_url} lists no models: it is no vLLM")
         found = next((one for one in served if name in ("", one["id"])), None)
         if found is None:
             known = ", ".join(one["id"] for one in served)

@@ -86,7 +86,7 @@ def bench(arguments: list[str]) -> None:
         "asks": body.get("vllm_xargs", {}),
     }
     request = urllib.request.Request(value(arguments, "--base-url"), json.dumps(asked).encode())
-    with urllib.request.urlopen(request, timeout=10) as answer:
+    with urllib.request.urlopen(request, timeout=100) as answer:
         speed = json.load(answer)["speed"]
     result: dict[str, Any] = {
         "duration": 1.0,

@@ -171,6 +171,13 @@ def test_an_interpreter_without_lmcache_says_so(kv):
         lmcache.code(kv, 2, 64, default_bins(2))
 
 
+def test_a_file_that_is_no_interpreter_says_so(tmp_path):
+    nothing = tmp_path / "python"
+    nothing.touch()
+    with pytest.raises(LmcacheFailed, match="Permission denied"), Lmcache(nothing):
+        pass
+
+
 def test_lmcaches_default_schedule():
     assert (default_bins(9) == 32).all()
     bins = default_bins(32)

@@ -73,7 +73,6 @@ def documented(opening: str, **changes: str) -> list[str]:
 
 
 @pytest.mark.engine
-@pytest.mark.timeout(900)
 @pytest.mark.skipif(not LM_EVAL.exists(), reason="no lm-eval: docs/lm-eval.md says how to get it")
 def test_the_documented_command_runs_compressed_against_a_real_server(tmp_path):
     folder, results = tmp_path / "tasks", tmp_path / "out"

@@ -117,7 +117,7 @@ def state(process: int) -> str:
 
 
 def wait_for(process: int, states: str) -> None:
-    give_up = time.monotonic() + 5
+    give_up = time.monotonic() + 60
     while state(process) not in states:
         assert time.monotonic() < give_up, state(process)
         time.sleep(0.01)
@@ -186,7 +186,6 @@ def test_the_plot_is_a_picture(tmp_path, rates):
 
 
 @pytest.mark.engine
-@pytest.mark.timeout(600)
 def test_vllm_s_own_client_and_server_fit_together():
     how = Serve(str(MODEL), 60, 256, 8, 256, "float32", eager=True)
     engine = ROWS[-1].engine

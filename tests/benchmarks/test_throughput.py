@@ -227,8 +227,12 @@ def test_a_baseline_is_an_earlier_report(tmp_path):
         (CROWDED, "rate 8", "total"): 2.0,
         (CROWDED, "rate 8", "decode"): 3.0,
     }
-    path.write_text("[]")
-    with pytest.raises(typer.BadParameter, match="no report of bench throughput"):
+    for nothing in ("[]", "[" * 100_000):
+        path.write_text(nothing)
+        with pytest.raises(typer.BadParameter, match="no report of bench throughput"):
+            read_baseline(path)
+    path.write_bytes(b"\xff")
+    with pytest.raises(typer.BadParameter, match="it is not text"):
         read_baseline(path)
 
 

@@ -15,7 +15,6 @@ NVCC = shutil.which("nvcc")
 
 @pytest.mark.skipif(NVCC is None, reason="no nvcc here")
 @pytest.mark.slow
-@pytest.mark.timeout(600)
 @pytest.mark.parametrize("source", SOURCES)
 def test_cuda_file_compiles_alone_and_spills_nothing(source, tmp_path):
     command = [NVCC, "-std=c++17", "-Icsrc", "-Xptxas", "-v", "-c"]

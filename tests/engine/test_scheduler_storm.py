@@ -47,6 +47,19 @@ CLIMATES = {
         arrival=0.08,
         shared_prefix=0.9,
     ),
+    "prompts propagated": Climate(
+        9,
+        steps=800,
+        asynchronous=True,
+        kv_compress={"preset": "fastkv", "rate": 4},
+        knobs=False,
+        tsp_tokens=600,
+        num_blocks=40,
+        batch_tokens=100,
+        prefix_caching=False,
+        arrival=0.5,
+        abort=0.02,
+    ),
     "by priority": Climate(7, priority=True, kv_compress=PROTECTING, num_blocks=40),
 }
 
@@ -64,6 +77,7 @@ def test_blocks_pages_and_plans_add_up_in_a_storm(name):
     assert tally.small_chunks > 100 or climate.batch_tokens > 11, tally
     assert bool(tally.full_windows) == ("few windows" in name), tally
     assert not climate.store or (tally.loads > 30 and tally.failed_loads > 10), tally
+    assert bool(climate.tsp_tokens) == (tally.propagated > 30), tally
     assert bool(tally.deferred_frees) == (climate.store and climate.asynchronous), tally
 
 
@@ -117,7 +131,6 @@ NO_ROOM_AFTER_FREEING = Climate(
 )
 
 
-@pytest.mark.timeout(600)
 @given(climates())
 @example(NO_ROOM_AFTER_FREEING)
 @settings(max_examples=4, phases=[Phase.explicit, Phase.generate])

@@ -15,7 +15,6 @@ from engine.engines import DEMO_MODEL, Answer, ask, assert_same_words, engine, g
 
 pytestmark = [
     pytest.mark.engine,
-    pytest.mark.timeout(600),
     pytest.mark.skipif((os.cpu_count() or 1) < 2, reason="two ranks want two cores"),
 ]
 WINDOWS = {"kv_compress": "windowkv", "kv_compress_task": "aggregation"}
@@ -46,7 +45,7 @@ def ranks(cases, tmp_path_factory):
         cwd=folder,
         capture_output=True,
         text=True,
-        timeout=500,
+        timeout=1100,
     )
     assert done.returncode == 0, done.stderr[-3000:]
     return json.loads(told.read_text())

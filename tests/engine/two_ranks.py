@@ -61,7 +61,7 @@ def main(model: str, store: Path, asked: Path, told: Path) -> None:
     prompts = cases["store"]
     found["store"] = [ask(prompts, off, 12)]
     chunks = 2 * sum(len(ids) // CHUNK for ids in prompts)
-    give_up = time.monotonic() + 60
+    give_up = time.monotonic() + 300
     while len(stored("")) < chunks and time.monotonic() < give_up:
         time.sleep(0.05)
     found["store"] += [ask(prompts, off, 12), ask(prompts, few, 12)]

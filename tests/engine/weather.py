@@ -38,6 +38,7 @@ from vllm_kvcompress.config import parse_engine_config
 from vllm_kvcompress.engine.compressor import Compressor
 from vllm_kvcompress.engine.judge import Judge
 from vllm_kvcompress.engine.scheduler import KVCompressAsyncScheduler, KVCompressScheduler
+from vllm_kvcompress.engine.stash import Stash
 from vllm_kvcompress.paging.manager import PerHeadManager
 from vllm_kvcompress.paging.pool import PagePool
 from vllm_kvcompress.paging.spec import PerHeadSpec
@@ -45,6 +46,7 @@ from vllm_kvcompress.plugin import register
 
 DEMO_MODEL = str(Path(vllm_kvcompress.__file__).parent / "demo_model")
 LAYERS, HEADS, GROUP, SIZE = 2, 2, 2, 4
+TSP_LAYER = 0  # of two layers, the published middle
 TAGS = 1 << 22  # exact in float32
 HASH = get_hash_fn_by_name("sha256")
 
@@ -69,6 +71,7 @@ class Climate:
     shared_prefix: float = 0.4
     priority: bool = False
     store: bool = False
+    tsp_tokens: int = 0  # hidden states for which there is room; 0: no prompt is propagated
 
 
 @dataclass
@@ -83,6 +86,19 @@ class Expected:
     loaded: int = 0  # blocks that were allocated for a load
     lost: bool = False  # nothing of it came
     compressions: int = 0
+
+    @property
+    def layers(self) -> int:
+        """How many see every token of its prompt."""
+        return LAYERS if self.plan.tsp_tokens is None else TSP_LAYER + 1
+
+    def tail_start(self, computed: int) -> int | None:
+        """First position that attention reads by the block table; None: all of them."""
+        point = self.plan.last_point(computed)
+        if point is None and self.plan.tsp_tokens is not None:
+            point = self.plan.prompt_tokens if computed >= self.plan.prompt_tokens else None
+        size = self.plan.block_tokens
+        return None if point is None else point // size * size
 
 
 @dataclass
@@ -111,6 +127,7 @@ class Tally:
     failed_loads: int = 0
     deferred_frees: int = 0
     full_windows: int = 0
+    propagated: int = 0
 
 
 class Storm:
@@ -132,6 +149,8 @@ class Storm:
         judge = Judge(self.config, self.pool, SIZE**-0.5)
         self.compressor = Compressor(self.config, self.pool, judge)
         self.manager = self.scheduler.per_head
+        self.manager.tsp_max_inflight_tokens = climate.tsp_tokens
+        self.stash = Stash(climate.tsp_tokens, 1, torch.float32, torch.device("cpu"))
         self.forget_reallocated(self.manager.block_pool)
         self.hasher = get_request_block_hasher(climate.block_tokens, HASH)
         self.expected: dict[str, Expected] = {}
@@ -182,7 +201,7 @@ class Storm:
 
     def arrive(self) -> None:
         rng, climate = self.rng, self.climate
-        most = min(self.limit - 2, 900)
+        most = min(self.limit - 2, 900, climate.tsp_tokens or 900)
         block = climate.block_tokens
         length = rng.choice(
             [
@@ -202,8 +221,9 @@ class Storm:
         said = min(rng.choice([1, 2, 20, 60, 150]), self.limit - len(prompt))
         extra = {}
         if climate.knobs:
-            whole = [p.name for p in self.config.known_presets().values() if not p.propagates]
-            name = rng.choice([*whole, "off", None, None])
+            presets = self.config.known_presets().values()
+            names = [p.name for p in presets if climate.tsp_tokens or not p.propagates]
+            name = rng.choice([*names, "off", None, None])
             extra = {"kv_compress": name} if name else {}
             if name != "off":
                 extra |= rng.choice(
@@ -330,7 +350,7 @@ class Storm:
             else:
                 assert not want.plan.is_point(last), f"{name}: no arena at point {last}"
             natural[name] = held
-            point = want.plan.next_point(first)
+            point = want.plan.next_stop(first)
             assert point is None or last <= point, f"{name}: chunk {first}..{last} passes {point}"
             self.tally.small_chunks += first and count < 16 and last < len(want.prompt)
             _, flying = before[name]
@@ -365,8 +385,8 @@ class Storm:
                 assert block not in touched, f"arena block {block} of {name} is written as natural"
                 touched.add(block)
         for name, ids in manager_blocks(self.manager):
-            point = self.expected[name].plan.first_point
-            first = len(ids) if point is None else point // size
+            limit = self.expected[name].plan.publish_limit_tokens()
+            first = len(ids) if limit is None else limit // size
             late = [block.block_id for block in ids[first:] if block.block_hash is not None]
             assert not late, f"{name}: blocks {late} saw a compressed context and are published"
         for block in touched:
@@ -408,9 +428,11 @@ class Storm:
     def execute(self, step: SchedulerOutput, snapshot: Snapshot) -> ModelRunnerOutput:
         compressor = self.compressor
         compressor.begin_step(step)
-        due = {d.request_id: d.arena_blocks for d in compressor._due}
+        due = {d.request_id: d.arena_blocks for d in compressor._due if d.arena_blocks is not None}
         assert due == snapshot.arenas, f"the worker compresses {due}, not {snapshot.arenas}"
         self.update_runner(step)
+        for name in (*step.finished_req_ids, *(step.preempted_req_ids or ())):
+            self.stash.release(name)
         names = list(step.num_scheduled_tokens)
         self.rng.shuffle(names)
         cached = step.scheduled_cached_reqs
@@ -425,6 +447,8 @@ class Storm:
             self.write(name, end - count, end)
         if names:
             self.attend(names, counts, ends)
+        for name, (first, count) in compressor.propagating.items():
+            self.propagate(name, first, count)
         self.check_windows()
         told = self.storehouse.step(step.kv_connector_metadata) if self.storehouse else None
         compressor.finish_step(lambda name: self.runner[name])
@@ -462,11 +486,33 @@ class Storm:
         size, where = self.climate.block_tokens, torch.arange(first, end)
         blocks = torch.tensor(self.runner[name])[where // size]
         content = self.content(name, where)  # [L, H, T, D]
-        pages = self.pool.page_ids(blocks)  # [L, H, T]
-        flat, offsets = self.pool.cache.view(-1, 2 * size * SIZE), where % size
+        prompt = end <= self.expected[name].plan.prompt_tokens
+        layers = self.expected[name].layers if prompt else LAYERS
+        self.put(self.pool.page_ids(blocks)[:layers], where % size, content[:layers])
+
+    def put(self, pages: torch.Tensor, offsets: torch.Tensor, content: torch.Tensor) -> None:
+        """Keys, and values that are their opposites, into `[L', H, T]` pages."""
+        flat = self.pool.cache.view(-1, 2 * self.climate.block_tokens * SIZE)
         form_keys, form_values = self.pool._keys._where[offsets], self.pool._values._where[offsets]
         flat[pages[..., None], form_keys] = content
         flat[pages[..., None], form_values] = -content
+
+    def propagate(self, name: str, first: int, count: int) -> None:
+        """What the deep layers of a prompt see: nothing, and then its selected tokens."""
+        plan, size = self.expected[name].plan, self.climate.block_tokens
+        self.stash.put(name, plan.prompt_tokens, first, torch.zeros(count, 1))
+        if first + count < plan.prompt_tokens:
+            return
+        natural = self.runner[name]
+        selected = self.compressor.select(name, natural)
+        self.stash.release(name)
+        assert len(selected) == plan.tsp_tokens, f"{name}: {len(selected)} tokens go on"
+        full, tail = divmod(plan.prompt_tokens, size)
+        own = torch.tensor(natural[: len(selected) // size] + natural[full : full + (tail > 0)])
+        where = torch.arange(len(selected))
+        pages = self.pool.page_ids(own[where // size])[TSP_LAYER + 1 :]
+        self.put(pages, where % size, self.content(name, selected)[TSP_LAYER + 1 :])
+        self.tally.propagated += 1
 
     def content(self, name: str, positions: torch.Tensor) -> torch.Tensor:
         """`[L, H, T, D]`: whose token, where, and which lane."""
@@ -496,14 +542,14 @@ class Storm:
         total, query = int(starts[-1]), None
         for row, name in enumerate(names):
             want, end = self.expected[name], int(ends[row])
-            point = want.plan.last_point(end - counts[row])
-            assert (row in rows) == (point is not None), f"{name} at {end}: compressed or not?"
-            if point is None:
+            tail_start = want.tail_start(end - counts[row])
+            assert (row in rows) == (tail_start is not None), f"{name} at {end}: compressed or not?"
+            if tail_start is None:
                 blocks = torch.tensor(self.runner[name][: ceil_div(end, self.climate.block_tokens)])
-                keys, values = self.read(self.pool.page_ids(blocks))
+                keys, values = self.read(self.pool.page_ids(blocks)[: want.layers])
                 self.compare(name, keys[:, :, :end], values[:, :, :end], torch.arange(end))
             else:
-                self.check_row(name, batch, rows[row], row, starts, point, end)
+                self.check_row(name, batch, rows[row], row, starts, tail_start, end)
         if captures:
             for layer in range(LAYERS):
                 query = torch.randn(total, HEADS * GROUP, SIZE, generator=self.torch_rng)
@@ -515,7 +561,7 @@ class Storm:
                 for capture in captures:
                     capture.take(layer, query)
 
-    def check_row(self, name, batch, i, row, starts, point, end) -> None:
+    def check_row(self, name, batch, i, row, starts, tail_start, end) -> None:
         size = self.climate.block_tokens
         span = np.arange(starts[row], starts[row + 1])
         for head in range(HEADS):
@@ -527,7 +573,6 @@ class Storm:
             assert batch.sequences.lanes[a:b].unique().tolist() == [head], (
                 f"{name}: other heads' queries"
             )
-        tail_start = self.expected[name].plan.tail_start_block(point) * size
         for layer in range(LAYERS):
             table = batch.block_table(layer)
             for head in range(HEADS):
@@ -546,12 +591,12 @@ class Storm:
                 assert torch.equal(values, -want), f"{name} ({layer}, {head}): foreign values"
 
     def read(self, pages: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        keys = torch.stack([self.pool.keys(pages[layer]) for layer in range(LAYERS)])
-        values = torch.stack([self.pool.values(pages[layer]) for layer in range(LAYERS)])
+        keys = torch.stack([self.pool.keys(of_layer) for of_layer in pages])
+        values = torch.stack([self.pool.values(of_layer) for of_layer in pages])
         return keys, values
 
     def compare(self, name: str, keys, values, positions) -> None:
-        want = self.content(name, positions)
+        want = self.content(name, positions)[: len(keys)]
         if not torch.equal(keys, want):
             wrong = (keys != want).any(-1).any(0).any(0).nonzero().flatten().tolist()
             raise AssertionError(f"{name}: keys of positions {wrong[:5]}... are not its own")
@@ -655,14 +700,17 @@ def tags_of(name: str, tokens: list[int], plan: Plan) -> np.ndarray:
     out, tag = np.empty(len(tokens), dtype=np.int64), 17
     for position, token in enumerate(tokens):
         tag = hash((tag, token))
-        own = plan.first_point is not None and position >= plan.first_point
+        own = plan.tsp_tokens is not None
+        own |= plan.first_point is not None and position >= plan.first_point
         out[position] = (hash((int(name[1:]), position, 5)) if own else tag) % TAGS
     return out
 
 
 def make_scheduler(climate: Climate):
     """The scheduler as vLLM's `EngineCore` builds it, over one group of per-head attention."""
-    settings = {"tsp_max_inflight_tokens": 0, **(climate.kv_compress or {"rate": 4})}
+    settings = {**(climate.kv_compress or {"rate": 4})}
+    if not climate.tsp_tokens:
+        settings["tsp_max_inflight_tokens"] = 0
     if climate.store:
         settings["cachegen"] = {
             "store": tempfile.gettempdir(),  # looked at, and then replaced

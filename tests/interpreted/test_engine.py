@@ -85,7 +85,6 @@ def want():
     return said(started("cpu", 4), "cpu", "cpu")
 
 
-@pytest.mark.timeout(600)
 @pytest.mark.parametrize("second", ["0", "1"], ids=["first runner", "second runner"])
 def test_the_triton_engine_says_what_the_cpu_engine_says(
     want, second, monkeypatch, request, tmp_path

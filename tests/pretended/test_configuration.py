@@ -82,8 +82,9 @@ def test_a_layer_with_a_window_is_refused_when_it_meets_the_pool(backend, window
             impl.bind("the pool", 3)
 
 
-def test_two_ranks_are_configured_as_one():
-    config = configured(tensor_parallel_size=2, distributed_executor_backend="mp")
+@pytest.mark.parametrize("parallel", ["tensor_parallel_size", "data_parallel_size"])
+def test_two_ranks_are_configured_as_one(parallel):
+    config = configured(**{parallel: 2}, distributed_executor_backend="mp")
     assert config.parallel_config.worker_cls.endswith(".KVCompressDeviceWorker")
 
 
@@ -132,7 +133,7 @@ def test_compressed_requests_get_vllms_own_version_of_flash_attention_or_none(
         ),
         ({"attention_engine": "cpu"}, {}, "CPU build"),
         ({}, {"attention_backend": "FLEX_ATTENTION"}, "does not work beside FLEX_ATTENTION"),
-        ({}, {"data_parallel_size": 2}, "data parallelism"),
+        ({}, {"ubatch_size": 2, "all2all_backend": "deepep_low_latency"}, "microbatches"),
     ],
 )
 def test_what_cannot_be_is_refused_in_one_line(kv_compress, options, says):

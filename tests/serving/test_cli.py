@@ -149,12 +149,27 @@ def test_a_file_without_a_prompt_is_told_in_one_line(holds, says, tmp_path) -> N
     assert done.exit_code == 2 and says in done.output and done.output.count("\n") == 1
 
 
-def test_what_is_no_vllm_is_told_in_one_line(monkeypatch) -> None:
-    page = httpx.Response(200, text="<html>welcome</html>")
-    monkeypatch.setattr(httpx.Client, "request", lambda *args, **kwargs: page)
+@pytest.mark.parametrize(
+    ("page", "says"),
+    [
+        ("<html>welcome</html>", "/v1/models answered no JSON: it is no vLLM"),
+        ('{"data": null}', "lists no models: it is no vLLM"),
+        ("[1]", "lists no models: it is no vLLM"),
+    ],
+)
+def test_what_is_no_vllm_is_told_in_one_line(page, says, monkeypatch) -> None:
+    answer = httpx.Response(200, text=page)
+    monkeypatch.setattr(httpx.Client, "request", lambda *args, **kwargs: answer)
     done = run("verify")
     assert done.exit_code == 2
-    assert "/v1/models answered no JSON: it is no vLLM" in done.output
+    assert says in done.output and done.output.count("\n") == 1
+
+
+@pytest.mark.parametrize("given", [("--api-key", "ключ"), ("--url", "http://a:b")])
+def test_what_cannot_be_sent_is_told_in_one_line(given) -> None:
+    done = run("verify", *given)
+    assert done.exit_code == 2
+    assert "cannot be sent" in done.output and done.output.count("\n") == 1
 
 
 def test_the_prompt_suits_the_model() -> None:

@@ -33,7 +33,7 @@ def running(command: list[str], port: int, **environment: str) -> Iterator[subpr
         env=os.environ | environment,
     )
     try:
-        deadline = time.monotonic() + 30
+        deadline = time.monotonic() + 300
         while True:
             with suppress(OSError), socket.create_connection(("127.0.0.1", port), 0.2):
                 break

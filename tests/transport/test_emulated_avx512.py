@@ -20,7 +20,6 @@ pytestmark = [
     pytest.mark.skipif(not SIMDE.exists(), reason="no SIMDe here: apt-get install libsimde-dev"),
     pytest.mark.skipif(not shutil.which("g++"), reason="no g++ here"),
     pytest.mark.slow,
-    pytest.mark.timeout(900),  # it compiles
 ]
 
 

@@ -92,7 +92,7 @@ class Compressor:
             self._requests.pop(request_id, None)
         for request_id in step.preempted_req_ids or ():
             self._reset(request_id)
-        self._in_step = True
+        self._in_step = bool(step.num_scheduled_tokens)  # else the runner may run a made-up batch
         self._due.clear()
         self._passing.clear()
         self.propagating.clear()

@@ -19,12 +19,18 @@ from vllm.v1.attention.backends.cpu_attn import (
 from vllm.v1.attention.backends.registry import AttentionBackendEnum
 from vllm.v1.worker.cpu_worker import CPUWorker
 
+from vllm_kvcompress.config import EngineConfig
 from vllm_kvcompress.engine.attention.cpu import CPUEngine
 from vllm_kvcompress.engine.attention.interface import HeadCall
 from vllm_kvcompress.engine.batch import HeadBatch
+from vllm_kvcompress.engine.compressor import Compressor
+from vllm_kvcompress.engine.cpu_compressor import CPUCompressor
+from vllm_kvcompress.engine.cpu_judge import CPUJudge
+from vllm_kvcompress.engine.cpu_kernels import CPUKernels
 from vllm_kvcompress.engine.per_head import PerHeadBackend, PerHeadImpl, stubbed
 from vllm_kvcompress.engine.windows import Capture
-from vllm_kvcompress.engine.worker import PerHeadWorker, StepView
+from vllm_kvcompress.engine.worker import PerHeadWorker, StepView, mean_over_ranks
+from vllm_kvcompress.paging.pool import PagePool
 
 
 @dataclass
@@ -127,3 +133,10 @@ class KVCompressCPUWorker(PerHeadWorker, CPUWorker):
     replaced_backend: ClassVar[Any] = AttentionBackendEnum.CPU_ATTN
     backend: ClassVar[type[CPUAttentionBackend]] = PerHeadCPUBackend
     kernels: ClassVar = {"attention": ("cpu",), "compaction": ("cpu",)}
+
+    def make_compressor(self, config: EngineConfig, pool: PagePool, scale: float) -> Compressor:
+        kernels = CPUKernels.of(pool)
+        if kernels is None:
+            return super().make_compressor(config, pool, scale)
+        judge = CPUJudge(config, pool, scale, mean_over_ranks, kernels=kernels)
+        return CPUCompressor(config, pool, judge, kernels)
