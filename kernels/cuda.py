@@ -17,8 +17,8 @@ class CudaError(RuntimeError):
 class CudaPages:
     """`attend_pages` and `compact` as the Triton kernels of these names, by a built library.
 
-    The CUDA kernels take fewer shapes: at most 8 query heads per KV head, D at most 256, B a
-    power of two (compaction: at most 256), rows of D elements aligned to 16 bytes.
+    The CUDA kernels take fewer shapes: rows of D elements aligned to 16 bytes; attention: at most
+    8 query heads per KV head, D at most 256, B a power of two; compaction: B at most 256.
 
     Raises:
         OSError: there is no such library.

@@ -5,7 +5,7 @@ request ids begin with the id of the answer.
 """
 
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import PurePath
 from random import Random
 from typing import Any
@@ -42,7 +42,10 @@ class CannotVerify(Exception):
 
 @dataclass(frozen=True)
 class Report:
-    """What happened; blocks and tokens are those of the compressed run, tokens per head."""
+    """What happened; blocks and tokens are those of the compressed run, tokens per head.
+
+    kernels: whose kernels ran, by what they do.
+    """
 
     model: str
     prompt_tokens: int
@@ -52,6 +55,7 @@ class Report:
     blocks_before: int = 0
     blocks_after: int = 0
     held_tokens: int = 0
+    kernels: dict[str, list[str]] = field(default_factory=dict)
     reason: str = ""
 
     @property
@@ -99,7 +103,7 @@ def verify_server(
         prompt = prompt or long_prompt(served, min(tokens, room))
         off = server.ask(served["id"], prompt, {"kv_compress": OFF})
         on = server.ask(served["id"], prompt, {"kv_compress": preset, "kv_compress_rate": rate})
-        record = server.record_of(on["id"])
+        record, kernels = server.record_of(on["id"]), server.stats()["kernels"]
     answers = served["id"], on["usage"]["prompt_tokens"], _answer(off), _answer(on)
     if record is None:
         reason = "the prompt is within its budget: send a longer one, or raise the rate"
@@ -110,6 +114,7 @@ def verify_server(
         blocks_before=record["blocks_before"],
         blocks_after=record["blocks_after"],
         held_tokens=record["held_tokens"],
+        kernels=kernels,
     )
 
 

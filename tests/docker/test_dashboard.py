@@ -23,6 +23,7 @@ STEP = {
     "blocks_freed": 10,
     "pages_freed": 160,
     "seconds": [0.004],
+    "kernels": {"attention": ["cuda"], "compaction": ["cuda"]},
     "before": {},
 }
 
@@ -86,4 +87,4 @@ def test_every_series_of_ours_is_on_the_dashboard(exported):
     shown = {re.sub(r"_(bucket|sum|count)$", "", name) for name in asked}
     totals = {name for name in families if name.endswith("_total")}
     gauges = {f"vllm:cachegen_{name}" for name in GAUGES}
-    assert totals | gauges | {PREFIX + "compression_seconds"} <= shown
+    assert totals | gauges | {PREFIX + "compression_seconds", PREFIX + "kernels_info"} <= shown

@@ -178,5 +178,5 @@ def test_ids_outside_the_pool_are_refused():
     kept = torch.arange(LAYERS * HEADS * 32)
     for wrong in ((pages + 1, 96, kept, torch.tensor([3])), (pages, 96, kept, torch.tensor([4])),
                   (pages, 96, kept + 96 * LAYERS * HEADS, torch.tensor([3]))):  # fmt: skip
-        with pytest.raises(ValueError, match="not of the pool|no candidate"):
+        with pytest.raises(ValueError, match=r"not of the pool|no candidate"):
             kernels.copy(*wrong)

@@ -19,7 +19,6 @@ from vllm_kvcompress.engine.attention.flash_attn import (
     MOST_SPLITS,
     FlashAttentionEngine,
     _most_splits,
-    _version,
 )
 from vllm_kvcompress.engine.attention.flashinfer import FlashInferEngine
 from vllm_kvcompress.engine.attention.triton import TritonEngine
@@ -126,7 +125,6 @@ def test_flash_attn(case, monkeypatch):
 
     monkeypatch.setattr(fa_utils, "flash_attn_varlen_func", flash_attn_varlen_func, raising=False)
     monkeypatch.setattr(fa_utils, "get_flash_attn_version", lambda **_: 3)
-    _version.cache_clear()
     call = call_of(*case, dtype=torch.float16)
     FlashAttentionEngine().attend(call)
     assert (call.out.double() - expected(call)).abs().max() < 2e-3

@@ -8,6 +8,7 @@ import torch
 from interpreted.device import NoWaiting
 from kernels.caches import noise
 from vllm.config import CUDAGraphMode
+from vllm.distributed.kv_transfer.kv_connector.utils import KVOutputAggregator
 from vllm.distributed.kv_transfer.kv_connector.v1.metrics import KVConnectorStats
 from vllm.forward_context import get_forward_context, override_forward_context
 from vllm.v1.attention.backend import AttentionCGSupport, CommonAttentionMetadata
@@ -26,11 +27,13 @@ from vllm_kvcompress.engine.judge import Judge
 from vllm_kvcompress.engine.propagation import Propagation
 from vllm_kvcompress.engine.runners import ANY, FULL, FirstRunner, SecondRunner, runner_of
 from vllm_kvcompress.engine.stash import Stash
+from vllm_kvcompress.engine.stats import WorkerStats
 from vllm_kvcompress.engine.windows import QueryWindow
 from vllm_kvcompress.engine.worker import StepView
 from vllm_kvcompress.kernels import attend_pages_reference, split_pages
 from vllm_kvcompress.paging.pool import PageFormat, PagePool
 from vllm_kvcompress.policy.propagators import AttentionPropagator
+from vllm_kvcompress.transport.stats import CacheGenStats
 
 LAYERS, HEADS, GROUP, SIZE, B, BLOCKS, WIDTH, ROWS = 2, 2, 2, 16, 16, 24, 6, 4
 
@@ -245,25 +248,40 @@ def test_runners_are_told_apart_by_what_they_offer():
         runner_of(SimpleNamespace())
 
 
-def test_both_runners_send_times_along_with_a_connectors_own_statistics():
+def test_both_runners_send_their_news_along_with_a_connectors_own_statistics():
     def finished(connector_stats):
         return KVConnectorOutput(finished_sending={"x"}, kv_connector_stats=connector_stats)
 
     theirs = KVConnectorStats({"bytes": 7})
     held = SimpleNamespace(input_batch=None, requests={}, kv_connector_output=finished(theirs))
-    FirstRunner(held).send_seconds([0.5])
+    news = WorkerStats.of([0.5], {"attention": ("cuda",)})
+    FirstRunner(held).send(news)
     state = SimpleNamespace(prepare_attn=None)
     second = SecondRunner(SimpleNamespace(model_state=state))
-    second.send_seconds([0.5])
+    second.send(news)
     output = SimpleNamespace(kv_connector_output=finished(theirs))
     second.complete(SimpleNamespace(model_runner_output=output))
     for got in (held.kv_connector_output, output.kv_connector_output):
         assert got.finished_sending == {"x"}
-        assert got.kv_connector_stats.data == {"seconds": [0.5]}
+        assert got.kv_connector_stats.data == news.data
         assert got.kv_connector_stats.connector is theirs
+    second.send(WorkerStats.of([], {}))
     later = SimpleNamespace(kv_connector_output=None)
     second.complete(SimpleNamespace(model_runner_output=later))
     assert later.kv_connector_output is None
+
+
+def test_ranks_whose_news_come_at_different_steps_are_added_up():
+    """One rank's compression has ended, another's still runs; one has a connector's news."""
+    connector = KVConnectorOutput(kv_connector_stats=CacheGenStats({"stored_bytes": 7}))
+    outputs = []
+    for seconds, held in [([0.5], None), ([], connector), ([], None), ([0.25], connector)]:
+        runner = SimpleNamespace(kv_connector_output=held)
+        FirstRunner(runner).send(WorkerStats.of(seconds, {}))
+        outputs.append(SimpleNamespace(kv_connector_output=runner.kv_connector_output))
+    stats = KVOutputAggregator(4).aggregate(outputs).kv_connector_output.kv_connector_stats
+    assert stats.data["seconds"] == [0.5, 0.25]
+    assert stats.connector.data == {"stored_bytes": 14}
 
 
 def test_barred_steps_are_not_replayed():

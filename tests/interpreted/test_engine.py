@@ -33,7 +33,7 @@ def started(attention_engine: str, max_requests: int, **settings):
     return engine(settings, blocks=60, step_tokens=40, max_requests=max_requests)
 
 
-def said(llm):
+def said(llm, attention, compaction):
     """Prompts in chunks, whose questions meet compressed or held pages, beside one that decodes.
 
     The deep layers see 38 tokens of 70.
@@ -58,6 +58,8 @@ def said(llm):
     sent = [stat.data for args in stats for stat in args if isinstance(stat, WorkerStats)]
     seconds = [took for data in sent for took in data["seconds"]]
     assert len(seconds) == 3 and min(seconds) > 0
+    told = [data["kernels"] for data in sent if data["kernels"]]
+    assert told == [{"attention": (attention,), "compaction": (compaction,)}]
     compressor.check_integrity()
     return [answer.tokens for answer in answers]
 
@@ -80,7 +82,7 @@ def noted(method, called):
 
 @pytest.fixture(scope="module")
 def want():
-    return said(started("cpu", 4))
+    return said(started("cpu", 4), "cpu", "cpu")
 
 
 @pytest.mark.timeout(600)
@@ -103,7 +105,7 @@ def test_the_triton_engine_says_what_the_cpu_engine_says(
             monkeypatch.setattr(CudaPages, name, noted(getattr(CudaPages, name), called))
     store = {"store": str(tmp_path), "levels": [4], "chunk_tokens": CHUNK}
     llm = started("triton", 4 + int(second), cachegen=store, kernels=kernels)
-    assert said(llm) == want
+    assert said(llm, kernels, kernels) == want
     assert set(called) == ({"attend_pages", "compact"} if kernels == "cuda" else set())
     assert isinstance(compressor_of(llm), DeviceCompressor)
     assert type(runner_of(llm)).__module__ == MODULES[second]

@@ -1,18 +1,28 @@
 """CUDA's kernels, built for this CPU, take Triton's place where they agree and are faster."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from kernels.caches import noise, poisoned_cache
 
+from vllm_kvcompress.config import EngineConfig
 from vllm_kvcompress.engine import page_kernels
 from vllm_kvcompress.engine.attention import HeadCall
-from vllm_kvcompress.engine.attention.triton import TritonEngine
+from vllm_kvcompress.engine.attention.triton import TritonEngine, newest
 from vllm_kvcompress.engine.device_batch import Scratch
-from vllm_kvcompress.engine.page_kernels import PageKernels, choose, load_cuda
+from vllm_kvcompress.engine.device_worker import KVCompressDeviceWorker
+from vllm_kvcompress.engine.page_kernels import (
+    Choice,
+    choose_attention,
+    choose_compaction,
+    load_cuda,
+)
 from vllm_kvcompress.kernels import attend_pages, attend_pages_reference, compact, dispatch
 from vllm_kvcompress.kernels.cuda import CudaPages
 from vllm_kvcompress.paging.pool import PageFormat, PagePool
 
+TRITON = [Choice(attend_pages, ("triton",)), Choice(compact, ("triton",))]
 LAYERS, HEADS, GROUP, SIZE, B, BLOCKS, ROWS, WIDTH = 2, 3, 2, 16, 8, 6, 5, 4
 
 
@@ -22,9 +32,11 @@ def pool():
     return PagePool([cache[:, layer] for layer in range(LAYERS)], PageFormat.by_token(B, SIZE))
 
 
-def chosen(asked, cuda, pool):
+def chosen(asked, cuda, pool, group=GROUP):
+    """For attention and for compaction."""
     scratch = Scratch(ROWS, HEADS, WIDTH, pool.device)
-    return choose(asked, cuda, pool, GROUP, scratch, WIDTH * B)
+    attention = choose_attention(asked, cuda, pool, group, scratch, WIDTH * B)
+    return [attention, choose_compaction(asked, cuda, pool)]
 
 
 def clock(monkeypatch, cuda, most_cuda_sequences):
@@ -42,19 +54,20 @@ def clock(monkeypatch, cuda, most_cuda_sequences):
 def test_every_size_that_a_graph_may_capture_was_measured(cuda_on_host, pool, monkeypatch):
     cuda = CudaPages(cuda_on_host)
     clock(monkeypatch, cuda, most_cuda_sequences=2 * HEADS)
-    kernels = chosen("auto", cuda, pool)
+    attention, compaction = chosen("auto", cuda, pool)
     assert not pool.cache.any(), "an empty pool stays empty"
     monkeypatch.setattr(dispatch, "_median_seconds", None)
-    names = [kernels.attend.choice(torch.empty(rows * HEADS)) for rows in range(1, ROWS + 1)]
+    names = [attention.kernel.choice(torch.empty(rows * HEADS)) for rows in range(1, ROWS + 1)]
     assert names == ["cuda", "cuda", "triton", "triton", "triton"]
-    assert len(kernels.attend.measured) == 3 and kernels.compact.choice() == "cuda"
+    assert len(attention.kernel.measured) == 3 and compaction.kernel.choice() == "cuda"
+    assert (attention.names, compaction.names) == (("cuda", "triton"), ("cuda",))
 
 
 def test_the_engine_attends_with_what_was_chosen(cuda_on_host, pool, monkeypatch):
     cuda = CudaPages(cuda_on_host)
     clock(monkeypatch, cuda, most_cuda_sequences=2 * HEADS)
     engine = TritonEngine()
-    engine.use(chosen("auto", cuda, pool).attend)
+    engine.attend_pages = chosen("auto", cuda, pool)[0].kernel
     for lengths in ([9, 0, 20], [9, 0, 20, 5, 1, 30, 8]):
         cache = poisoned_cache(lengths, B, SIZE, torch.float32)
         queries = noise(len(lengths), GROUP, SIZE)
@@ -80,12 +93,13 @@ def test_the_engine_attends_with_what_was_chosen(cuda_on_host, pool, monkeypatch
 def test_what_is_asked_for_is_used(cuda_on_host, pool, monkeypatch):
     monkeypatch.setattr(page_kernels, "cuda_library", lambda: cuda_on_host)
     cuda = load_cuda("cuda")
-    assert chosen("cuda", cuda, pool) == PageKernels(cuda.attend_pages, cuda.compact)
-    assert chosen("triton", load_cuda("triton"), pool) == PageKernels(attend_pages, compact)
+    theirs = [Choice(cuda.attend_pages, ("cuda",)), Choice(cuda.compact, ("cuda",))]
+    assert chosen("cuda", cuda, pool) == theirs
+    assert chosen("triton", load_cuda("triton"), pool) == TRITON
 
 
 def test_where_there_is_no_library_triton_does_it(pool):
-    assert chosen("auto", load_cuda("auto"), pool) == PageKernels(attend_pages, compact)
+    assert chosen("auto", load_cuda("auto"), pool) == TRITON
     with pytest.raises(ValueError, match="kernels=cuda: there is no library"):
         load_cuda("cuda")
 
@@ -100,7 +114,7 @@ def test_a_library_that_does_not_load_is_none(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("wrong", ["attention", "compaction"])
-def test_kernels_that_do_not_agree_with_their_references_are_out(
+def test_only_the_kernel_that_does_not_agree_with_its_reference_is_out(
     cuda_on_host, pool, wrong, monkeypatch, caplog
 ):
     class Wrong(CudaPages):
@@ -114,19 +128,79 @@ def test_kernels_that_do_not_agree_with_their_references_are_out(
             if wrong == "compaction":
                 keys[-1] += 1
 
+    cuda = Wrong(cuda_on_host)
+    clock(monkeypatch, cuda, most_cuda_sequences=ROWS * HEADS)
     monkeypatch.setattr(page_kernels.logger, "propagate", True)
     monkeypatch.setattr(page_kernels.logger.parent, "propagate", True)
     caplog.set_level("WARNING", page_kernels.logger.name)
-    assert chosen("auto", Wrong(cuda_on_host), pool) == PageKernels(attend_pages, compact)
-    assert any(f"{wrong}" in line and "differs" in line for line in caplog.messages)
+    names = dict(zip(["attention", "compaction"], chosen("auto", cuda, pool), strict=True))
+    assert names.pop(wrong).names == ("triton",)
+    assert [other.names for other in names.values()] == [("cuda",)]
+    (line,) = caplog.messages
+    assert f"no CUDA {wrong}" in line and "differs" in line
     with pytest.raises(ValueError, match=rf"kernels=cuda: {wrong}.* differs"):
-        chosen("cuda", Wrong(cuda_on_host), pool)
+        chosen("cuda", cuda, pool)
 
 
-def test_a_shape_that_they_do_not_take_is_left_to_triton(cuda_on_host):
-    cache = torch.zeros(BLOCKS, 1, HEADS, 24, 2 * SIZE)
-    pool = PagePool([cache[:, 0]], PageFormat.by_token(24, SIZE))
-    assert chosen("auto", CudaPages(cuda_on_host), pool) == PageKernels(attend_pages, compact)
+@pytest.mark.parametrize(
+    ("page_tokens", "group", "size", "taken"),
+    [
+        (24, GROUP, SIZE, ["triton", "cuda"]),
+        (B, 9, SIZE, ["triton", "cuda"]),
+        (B, GROUP, 18, ["triton", "triton"]),
+        (512, GROUP, SIZE, ["cuda", "triton"]),
+    ],
+)
+def test_a_shape_that_one_of_them_does_not_take_is_left_to_triton_there(
+    cuda_on_host, page_tokens, group, size, taken, monkeypatch
+):
+    cache = torch.zeros(BLOCKS, 1, HEADS, page_tokens, 2 * size)
+    pool = PagePool([cache[:, 0]], PageFormat.by_token(page_tokens, size))
+    cuda = CudaPages(cuda_on_host)
+    clock(monkeypatch, cuda, most_cuda_sequences=ROWS * HEADS)
+    choices = chosen("auto", cuda, pool, group)
+    assert [choice.names for choice in choices] == [(name,) for name in taken]
+
+
+@pytest.mark.parametrize("own_kernels", [False, True])
+def test_attention_is_chosen_only_for_an_engine_that_calls_it(
+    own_kernels, cuda_on_host, pool, monkeypatch
+):
+    """With an engine that brings its own kernel, CUDA's attention is neither compared nor timed."""
+    called = []
+
+    class Noted(CudaPages):
+        def attend_pages(self, *args, **options):
+            called.append("attention")
+            super().attend_pages(*args, **options)
+
+        def compact(self, *args):
+            called.append("compaction")
+            super().compact(*args)
+
+    class OtherEngine(TritonEngine):
+        def __init__(self):
+            super().__init__()
+            self._attend, self.attend_pages = self.attend_pages, None
+
+        def attend(self, call):
+            self._attend(*newest(call))
+
+    cuda = Noted(cuda_on_host)
+    clock(monkeypatch, cuda, most_cuda_sequences=ROWS * HEADS)
+    worker = object.__new__(KVCompressDeviceWorker)
+    model_config = SimpleNamespace(
+        max_model_len=WIDTH * B, get_num_attention_heads=lambda _: HEADS * GROUP
+    )
+    worker.vllm_config = SimpleNamespace(model_config=model_config, parallel_config=None)
+    worker._sizes = lambda: (ROWS, HEADS, WIDTH)
+    worker._engine = OtherEngine() if own_kernels else TritonEngine()
+    worker._cuda = cuda
+    compressor = worker.make_compressor(EngineConfig(), pool, 1.0)
+    assert set(called) == ({"compaction"} if own_kernels else {"attention", "compaction"})
+    assert compressor._compact.choice() == "cuda"
+    if not own_kernels:
+        assert worker._engine.attend_pages.choice(torch.empty(HEADS)) == "cuda"
 
 
 @pytest.mark.parametrize("tokens", [1, 3 * B])

@@ -138,7 +138,7 @@ class Model:
 
 
 @given(st.integers(0, 2**32))
-@settings(max_examples=12, deadline=None)
+@settings(max_examples=12)
 def test_tables_hold_what_a_model_of_lists_holds(seed):
     model = Model(seed)
     for _ in range(60):

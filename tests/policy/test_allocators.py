@@ -6,7 +6,7 @@ from math import floor
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from policy.samples import whole_scores
 from torch import Tensor
@@ -202,7 +202,6 @@ def shared_out(draw: st.DrawFn):
     return shares, draw(st.integers(sum(least), sum(most))), least, most
 
 
-@settings(deadline=None)
 @given(shared_out())
 def test_apportion_equals_exact_fractions(task) -> None:
     shares, total, least, most = task

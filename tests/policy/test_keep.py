@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from policy.samples import observation
 from torch import Tensor
@@ -68,7 +68,6 @@ def test_any_scores_leave_the_accounting_whole(request_, allocator) -> None:
     assert torch.equal(scores.nan_to_num(), before.nan_to_num()), "the caller's scores changed"
 
 
-@settings(deadline=None)
 @given(requests(), st.sampled_from(ALLOCATORS))
 def test_each_head_keeps_its_best_tokens_and_of_equals_the_earlier(request_, allocator) -> None:
     scores, total, page_tokens, sinks, recent, valid = request_

@@ -30,7 +30,8 @@ class Server:
     """Answers as vLLM does, with the statistics that a test gives it."""
 
     def __init__(self, stats, chat_template=True) -> None:
-        self.stats, self.chat_template, self.asked = stats, chat_template, []
+        self.stats = stats and {"kernels": {}} | stats
+        self.chat_template, self.asked = chat_template, []
         outer = self
 
         class Handler(BaseHTTPRequestHandler):
@@ -94,10 +95,13 @@ def test_help_teaches() -> None:
 @pytest.mark.parametrize("chat_template", [True, False])
 def test_verify_shows_what_was_freed(chat_template) -> None:
     record = RECORD if chat_template else RECORD | {"request_id": "cmpl-2-0-suffix"}
-    with Server({"preset": "snapkv", "recent": [record]}, chat_template) as server:
+    kernels = {"attention": ["cuda", "triton"], "compaction": ["cuda"]}
+    stats = {"preset": "snapkv", "recent": [record], "kernels": kernels}
+    with Server(stats, chat_template) as server:
         done = run("verify", "--url", server.url, "--api-key", "key", "--rate", "4")
     assert done.exit_code == 0, done.output
     assert "63 -> 9" in done.output and "agree" in done.output and "13.8%" in done.output
+    assert "attention cuda+triton, compaction cuda\n" in done.output
     off, on = (body["vllm_xargs"] for body in server.asked)
     assert off == {"kv_compress": "off"}
     assert on == {"kv_compress": "snapkv", "kv_compress_rate": 4}

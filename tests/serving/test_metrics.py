@@ -12,7 +12,7 @@ from vllm.v1.metrics.loggers import StatLoggerManager
 from vllm.v1.metrics.stats import SchedulerStats
 
 from vllm_kvcompress.accounting import Settings, plan
-from vllm_kvcompress.engine.stats import RequestRecord, Totals
+from vllm_kvcompress.engine.stats import RequestRecord, Totals, WorkerStats
 from vllm_kvcompress.plugin import register
 from vllm_kvcompress.serving.metrics import (
     PREFIX,
@@ -34,6 +34,7 @@ FIRST = {
     "before": {},
     "number": 1,
     "seconds": [0.004, 0.2],
+    "kernels": {"attention": ["cuda", "triton"], "compaction": ["cuda"]},
     "recent": [{"request_id": "a"}],
 }
 SECOND = {
@@ -46,6 +47,7 @@ SECOND = {
     "before": {key: FIRST[key] for key in list(FIRST)[:6]},
     "number": 2,
     "seconds": [3.0],
+    "kernels": {"attention": ["cuda", "triton"], "compaction": ["cuda"]},
     "recent": [{"request_id": "a"}, {"request_id": "b"}],
 }
 
@@ -63,6 +65,7 @@ def check_totals_after_second(read) -> None:
     assert read("recompressions_total") == 3
     assert read("blocks_freed_total") == 25
     assert read("pages_freed_total") == 400
+    assert read("kernels_info", attention="cuda+triton", compaction="cuda") >= 1
     assert read("compression_seconds_count") == 3
     assert read("compression_seconds_sum") == pytest.approx(3.204)
 
@@ -139,7 +142,7 @@ def test_beside_vllms_own_loggers() -> None:
 def test_the_sum_over_engines() -> None:
     snapshots = Snapshots()
     snapshots.put(0, FIRST)
-    snapshots.put(1, FIRST)
+    snapshots.put(1, FIRST | {"kernels": {"attention": ["cpu"], "compaction": ["cuda"]}})
     snapshots.put(0, SECOND)
     assert json.loads(json.dumps(snapshots.summed())) == {
         "requests": {"snapkv": {"compressed": 7, "aborted": 1}, "off": {"off": 2}},
@@ -148,6 +151,7 @@ def test_the_sum_over_engines() -> None:
         "recompressions": 3,
         "blocks_freed": 35,
         "pages_freed": 560,
+        "kernels": {"attention": ["cpu", "cuda", "triton"], "compaction": ["cuda"]},
         "recent": [
             {"request_id": "a", "engine": 0},
             {"request_id": "b", "engine": 0},
@@ -189,10 +193,11 @@ def test_every_snapshot_brings_the_one_before() -> None:
         what = plan(n, 32, 1000, settings)
         totals.compressed(RequestRecord.of(f"r{n}", what, settings, n))
         totals.ended(f"r{n}", what, settings, aborted=False)
-        totals.add_seconds([0.01])
+        totals.add(WorkerStats.of([0.01], {"attention": ["cpu"], "compaction": ["cpu"]}))
         series.add(0, totals.snapshot())
     assert not totals.changed()
     assert value(registry, "prompt_tokens_total", policy="snapkv") == 960
     assert value(registry, "held_tokens_total", policy="snapkv") == (3 + 5) * 32
     assert value(registry, "requests_total", policy="snapkv", outcome="compressed") == 2
     assert value(registry, "compression_seconds_count") == 2
+    assert value(registry, "kernels_info", attention="cpu", compaction="cpu") == 1

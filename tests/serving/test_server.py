@@ -431,6 +431,7 @@ def test_every_series_is_there(server, stats) -> None:
         "compression_seconds_bucket",
         "recompressions_total",
         "refusals_total",
+        "kernels_info",
     }
     values = metrics(server)
     figures = stats()
@@ -489,6 +490,7 @@ def test_verify_proves_compression(server) -> None:
     assert report["blocks_before"] == -(-n // BLOCK_TOKENS)
     assert report["blocks_after"] == expected.blocks_held(n)
     assert report["held_share"] == pytest.approx(held_share(expected))
+    assert report["kernels"] == {"attention": ["cpu"], "compaction": ["cpu"]}
 
 
 def test_verify_fails_when_nothing_can_be_freed(server, tmp_path, monkeypatch) -> None:

@@ -83,7 +83,7 @@ def test_bytes_with_a_profile_are_those_of_the_slow_reference(isa):
         assert encoded.sections[i] == body
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(
     tokens=st.integers(1, 300),
     channels=st.integers(1, 70),
@@ -97,7 +97,7 @@ def test_lossless_is_exact_for_every_shape_and_dtype(tokens, channels, dtype, ma
     np.testing.assert_array_equal(out, values)
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(dtype=st.sampled_from(DTYPES), seed=st.integers(0, 1 << 30))
 def test_lossless_is_exact_for_any_bits(dtype, seed):
     """NaNs with payloads, infinities, subnormals, both zeros."""

@@ -1,6 +1,7 @@
 """The connector together with per-head compression."""
 
 from collections.abc import Iterator
+from dataclasses import replace
 from random import Random
 
 import pytest
@@ -108,9 +109,11 @@ def test_propagated_prompts_neither_load_nor_save_beside_others_that_do(compress
 
 def test_figures_of_both_arrive_apart():
     """Seconds per compression and the connector's counters share one way to the scheduler."""
-    both = WorkerStats({"seconds": [0.1]}, CacheGenStats({"stored_bytes": 1}))
+    both = replace(WorkerStats.of([0.1], {}), connector=CacheGenStats({"stored_bytes": 1}))
     both.aggregate(CacheGenStats({"stored_bytes": 2}))
-    both.aggregate(WorkerStats({"seconds": [0.2]}, CacheGenStats({"stored_bytes": 4})))
+    theirs = CacheGenStats({"stored_bytes": 4})
+    both.aggregate(replace(WorkerStats.of([0.2], {"attention": ["cuda"]}), connector=theirs))
     arguments, ours = _take_worker_stats(("first", both))
-    assert ours is not None and ours.data == {"seconds": [0.1, 0.2]}
+    assert ours is not None
+    assert ours.data == {"seconds": [0.1, 0.2], "kernels": {"attention": ["cuda"]}}
     assert arguments == ("first", CacheGenStats({"stored_bytes": 7}))

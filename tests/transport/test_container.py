@@ -102,7 +102,7 @@ def test_every_single_byte_is_guarded(chunk):
             codec.decode(bytes(changed))
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 @given(data=st.data())
 def test_mutations_are_always_noticed(chunk, data):
     start = data.draw(st.integers(0, len(chunk) - 1))

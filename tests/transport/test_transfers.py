@@ -56,7 +56,7 @@ def transfers(request, monkeypatch):
         monkeypatch.setattr(coders, "library_for", lambda device: library)
         packing, kind = "linear", DeviceCoder
     pages = CachePages(layers, lambda: PACKINGS[packing](BLOCK, SIZE))
-    settings = ConnectorSettings(store="memory", levels=(4,), chunk_tokens=CHUNK)
+    settings = ConnectorSettings(store="memory", levels=(4,), chunk_tokens=CHUNK, load_limit_s=3600)
     made = Transfers(settings, Memory(), coders.coder(settings, None, pages), Tally())
     assert type(made.coder) is kind
     yield made
@@ -86,7 +86,7 @@ def stored(transfers):
     """Blocks 1 to 4 are in the store, as the two chunks of `load`."""
     for digest, blocks in (("a" * 64, [1, 2]), ("b" * 64, [3, 4])):
         transfers.save(Save("shared", digest, blocks))
-    transfers.flush(30)
+    transfers.flush(300)
     assert len(transfers.store.data) == 2
     return transfers
 
@@ -231,7 +231,7 @@ def test_ranks_after_the_first_tell_no_timeline(transfers) -> None:
 def test_nan_and_infinities_survive(transfers) -> None:
     transfers.pages.layers[0][1, 0, 0, :3] = torch.tensor([torch.nan, torch.inf, -torch.inf])
     transfers.save(Save("shared", "a" * 64, [1, 2]))
-    transfers.flush(30)
+    transfers.flush(300)
     transfers.load(load(digests=["a" * 64], levels=[(4,)], block_ids=[5, 6]))
     assert told(transfers) == ({"r"}, set())
     np.testing.assert_array_equal(transfers.pages.layers[0][5], transfers.pages.layers[0][1])

@@ -5,12 +5,14 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from vllm_kvcompress.policy.ranking import row_blocks
+
 
 @dataclass(frozen=True, slots=True)
 class Candidates:
     """Tokens of one request, per layer and head.
 
-    pages: int64 `[L, H, P]`; positions: int64 `[n]` or `[L, H, P*B]`.
+    pages: int64 `[L, H, P]`; positions: int `[n]` or `[L, H, P*B]`.
     valid: bool `[L, H, P*B]`, or None when all candidates are.
     """
 
@@ -31,15 +33,21 @@ class Candidates:
         Args:
             counts: int64 `[L, H]` kept pages; arena: int64 `[L, H, P]` their ids, then padding.
             tail: int64 `[L, H, S]` natural pages.
-            positions: int64, of the kept tokens in (layer, head) order.
+            positions: int32, of the kept tokens in (layer, head) order.
         """
         kept_pages, tail_pages = arena.shape[-1], tail.shape[-1]
         pages = torch.cat([arena, torch.zeros_like(tail)], dim=-1)
         pages.scatter_(2, counts[..., None] + torch.arange(tail_pages, device=tail.device), tail)
         column = torch.arange((kept_pages + tail_pages) * page_tokens, device=tail.device)
         kept_tokens, tail_tokens = counts[..., None] * page_tokens, tail_pages * page_tokens
-        where = n - tail_tokens + column - kept_tokens
-        where.masked_scatter_(column < kept_tokens, positions)
+        first = (kept_tokens.view(-1).cumsum(0) - kept_tokens.view(-1)).view(kept_tokens.shape)
+        where = torch.empty(
+            *counts.shape, len(column), dtype=positions.dtype, device=positions.device
+        )
+        for block in row_blocks(len(where), where[0].numel()):
+            kept = positions[(first[block] + column).clamp_(max=len(positions) - 1)]
+            since = n - tail_tokens + column - kept_tokens[block]
+            where[block] = torch.where(column < kept_tokens[block], kept, since)
         return Candidates(pages, where, column < kept_tokens + tail_tokens)
 
     def of_layer(self, layer: int) -> "Candidates":
@@ -47,18 +55,21 @@ class Candidates:
         shared = self.positions.dim() == 1
         return Candidates(
             self.pages[layer],
-            self.positions if shared else self.positions[layer],
+            self.positions if shared else self.positions[layer].long(),
             None if self.valid is None else self.valid[layer],
         )
 
-    def as_one_layer(self) -> "Candidates":
-        """Those of one layer with a dimension L = 1."""
-        shared = self.positions.dim() == 1
-        return Candidates(
-            self.pages[None],
-            self.positions if shared else self.positions[None],
-            None if self.valid is None else self.valid[None],
-        )
+    def positions_of(self, kept: Tensor) -> Tensor:
+        """Positions, int32 `[T]`, of candidates named by indices into `[L, H, n]`."""
+        found = torch.empty(kept.shape, dtype=torch.int32, device=kept.device)
+        for block in row_blocks(len(kept), 1):
+            lane, token = kept[block] // self.tokens, kept[block] % self.tokens
+            if self.positions.dim() == 1:
+                found[block] = self.positions[token]
+            else:
+                heads = self.positions.shape[1]
+                found[block] = self.positions[lane // heads, lane % heads, token]
+        return found
 
     def passed_on(self, scores: Tensor, leader: int, layer: int) -> Tensor:
         """Scores `[H, n]` of the leader's candidates as those of another layer's."""
@@ -87,12 +98,18 @@ class SelectedCandidates(Candidates):
         """From the natural pages `[L, H, ceil(n / B)]` of a prompt of n tokens."""
         full = n // page_tokens
         tokens, held = full * page_tokens, len(selected) // page_tokens * page_tokens
-        positions = torch.arange(tokens, device=pages.device).repeat(*pages.shape[:2], 1)
+        layers, heads, _ = pages.shape  # what heads share is there once
+        positions = torch.arange(tokens, device=pages.device).repeat(layers, 1, 1)
         positions[tsp_layer + 1 :, :, :held] = selected[:held]
         valid = torch.ones_like(positions, dtype=torch.bool)
         valid[tsp_layer + 1 :, :, held:] = False
         return SelectedCandidates(
-            pages[..., :full], positions, valid, tsp_layer, pages[..., full:], selected
+            pages[..., :full],
+            positions.expand(-1, heads, -1),
+            valid.expand(-1, heads, -1),
+            tsp_layer,
+            pages[..., full:],
+            selected,
         )
 
     def of_layer(self, layer: int) -> Candidates:

@@ -43,7 +43,7 @@ class _Request:
     settings: Settings
     tsp_layer: int | None = None  # the last one that sees all of the prompt, if others do not
     window: QueryWindow | None = None
-    positions: Tensor | None = None  # int64 [K*L*H*B] of the arena's tokens, if compressed again
+    positions: Tensor | None = None  # int32 [K*L*H*B] of the arena's tokens, if compressed again
     selected: Tensor | None = None  # int64 [m] positions that the deep layers have seen
 
 
@@ -280,16 +280,16 @@ class Compressor:
             scores = scores[..., :full_tokens]
         sinks, recent = accounting.protected_tokens(due.point, pool.page_tokens, settings)
         total_pages = len(arena) * pool.pages_per_block
-        kept = policy.keep(scores, total_pages, pool.page_tokens, sinks, recent, candidates.valid)
+        tokens, page_tokens = scores.shape[-1], pool.page_tokens
+        kept = policy.keep(
+            scores, total_pages, page_tokens, sinks, recent, candidates.valid, inplace=True
+        )
+        del scores
         arena_blocks = pool.ids(arena)
-        self._copy(candidates.pages, scores.shape[-1], kept.indices, arena_blocks)
-        if request.plan.slack_blocks is not None:
-            where = candidates.positions
-            shared = where.dim() == 1
-            request.positions = (
-                where[kept.indices % scores.shape[-1]] if shared else where.flatten()[kept.indices]
-            )
-        self.tables.enter(due.request_id, kept.pages, arena_blocks, full_tokens)
+        self._copy(candidates.pages, tokens, kept.indices, arena_blocks)
+        if again := request.plan.slack_blocks is not None:
+            request.positions = candidates.positions_of(kept.indices)
+        self.tables.enter(due.request_id, kept.pages, arena_blocks, full_tokens, again)
         request.window = request.selected = None
 
     def _copy(self, candidates: Tensor, tokens: int, kept: Tensor, arena_blocks: Tensor) -> None:

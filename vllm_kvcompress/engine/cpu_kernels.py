@@ -58,7 +58,7 @@ class CPUKernels:
             query_positions: int64 `[w]`.
             pages: int64 `[L, H, P]` of the candidates.
             valid: bool `[L, H, n]`, False for padding, which stands last; None: there is none.
-            positions: int64 `[n]` or `[L, H, n]`, ascending.
+            positions: int `[n]` or `[L, H, n]`, ascending.
         """
         scores = torch.empty(*pages.shape[:2], positions.shape[-1])
         self._native.score(
@@ -67,7 +67,7 @@ class CPUKernels:
             scorer.fade(query_positions),
             pages.contiguous(),
             None if valid is None else valid.sum(dim=-1, dtype=torch.int32),
-            positions.contiguous(),
+            positions.long().contiguous(),
             scorer.exclude_tokens,
             scorer.score_window,
             _rule(scorer, queries.shape[3]),

@@ -60,7 +60,9 @@ class Judge:
             own = candidates.of_layer(layer)
             found = self._score_layer(scorer, own, layer, window)[:, : candidates.tokens]
             scores[layer, :, : found.shape[-1]] = found
-        return self._mean_over_ranks(scores) if scorer.shared_by_heads else scores
+        if scorer.shared_by_heads:
+            scores[:] = self._mean_over_ranks(scores[:, :1].contiguous())
+        return scores
 
     def saliency(
         self, propagator: Propagator, candidates: Candidates, layer: int, window: QueryWindow

@@ -1,8 +1,8 @@
 """Which kernels attend and copy pages: Triton's, CUDA's, or of both the faster at each size.
 
-Decided before a worker serves: CUDA's kernels are found or built, must agree with their torch
-references on this GPU, and are then timed against Triton's at every size of batch that a graph
-may capture.
+Decided before a worker serves, for each of the two on its own: CUDA's kernel is found or built,
+must agree with its torch reference on this GPU, and is then timed against Triton's, attention at
+every size of batch that a graph may capture.
 """
 
 import logging
@@ -33,16 +33,17 @@ from vllm_kvcompress.paging.pool import PagePool
 
 TOLERANCE = 2e-2
 MEASURED_ARENA = 64  # blocks
+PAGES = 28  # to compare kernels on
 
 logger = logging.getLogger("vllm.kv_compress.kernels")
 
 
 @dataclass(frozen=True, slots=True)
-class PageKernels:
-    """They take the arguments of `kernels.attend_pages` and of `kernels.compact`."""
+class Choice:
+    """What to call, and whose it is: `triton`, `cuda`, or both where it goes by the call's size."""
 
-    attend: Kernel = attend_pages
-    compact: Kernel = compact
+    kernel: Kernel
+    names: tuple[str, ...]
 
 
 def load_cuda(asked: KernelsName) -> CudaPages | None:
@@ -60,55 +61,70 @@ def load_cuda(asked: KernelsName) -> CudaPages | None:
     try:
         return CudaPages(library) if library else None
     except OSError as error:
-        _without_cuda(asked, f"{library} cannot be loaded: {error}")
+        _is_out(asked, "kernels", f"{library} cannot be loaded: {error}")
         return None
 
 
-def _without_cuda(asked: KernelsName, why: str) -> None:
-    if asked == "cuda":
-        raise ValueError(f"kernels=cuda: {why}; leave kernels out")
-    logger.warning("kv-compress: no CUDA kernels, Triton's instead: %s", why)
-
-
-def choose(
+def choose_attention(
     asked: KernelsName,
     cuda: CudaPages | None,
     pool: PagePool,
     group: int,
     scratch: Scratch,
     longest: int,
-) -> PageKernels:
-    """The kernels for this pool. Writes pages and tables: no request may be there yet.
+) -> Choice:
+    """Who does what `kernels.attend_pages` does. Writes tables: no request may be there yet.
 
     Args:
         group: query heads per KV head.
         longest: tokens that a request may have.
 
     Raises:
-        ValueError: CUDA's are asked for and do not compute what they should.
+        ValueError: CUDA's is asked for and does not compute what it should.
     """
-    if cuda is None:
-        return PageKernels()
-    if fault := _fault(cuda, pool, group):
-        _without_cuda(asked, fault)
-        return PageKernels()
+    if cuda is None or _is_out(asked, "attention", _fault_of_attention(cuda, pool, group)):
+        return Choice(attend_pages, ("triton",))
     if asked == "cuda":
-        return PageKernels(cuda.attend_pages, cuda.compact)
+        return Choice(cuda.attend_pages, ("cuda",))
     attend = Fastest({"triton": attend_pages, "cuda": cuda.attend_pages}, _kind)
-    copy = Fastest({"triton": compact, "cuda": cuda.compact}, lambda *_: None)
-    chosen = []
+    chosen = {}
     for call in batches(pool, group, scratch, longest, longest):
         arguments = newest(call)
         attend.measure(*arguments)
-        chosen.append(f"{attend.choice(*arguments)} to {_kind(*arguments)}")
+        chosen[_kind(*arguments)] = attend.choice(*arguments)
+    by_size = ", ".join(f"{name} to {sequences}" for sequences, name in chosen.items())
+    logger.info("kv-compress: the faster attention here, by sequences: %s", by_size)
+    return Choice(attend, tuple(sorted({*chosen.values()})))
+
+
+def choose_compaction(asked: KernelsName, cuda: CudaPages | None, pool: PagePool) -> Choice:
+    """Who does what `kernels.compact` does. Writes pages: no request may be there yet.
+
+    Raises:
+        ValueError: CUDA's is asked for and does not compute what it should.
+    """
+    if cuda is None or _is_out(asked, "compaction", _fault_of_compaction(cuda, pool)):
+        return Choice(compact, ("triton",))
+    if asked == "cuda":
+        return Choice(cuda.compact, ("cuda",))
+    copy = Fastest({"triton": compact, "cuda": cuda.compact}, lambda *_: None)
     if pool.num_blocks > 1:
         copy.measure(*_compaction(pool))
-    logger.info(
-        "kv-compress: faster here: compaction %s; attention, by sequences, %s",
-        copy.choice(),
-        ", ".join(chosen),
-    )
-    return PageKernels(attend, copy)
+    logger.info("kv-compress: the faster compaction here: %s", copy.choice())
+    return Choice(copy, (copy.choice(),))
+
+
+def _is_out(asked: KernelsName, what: str, fault: str | None) -> bool:
+    """Whether CUDA's kernel has a fault, which is told.
+
+    Raises:
+        ValueError: it has, and is asked for.
+    """
+    if fault and asked == "cuda":
+        raise ValueError(f"kernels=cuda: {fault}; leave kernels out")
+    if fault:
+        logger.warning("kv-compress: no CUDA %s, Triton's instead: %s", what, fault)
+    return fault is not None
 
 
 def _kind(queries: Tensor, *_: Any) -> int:
@@ -160,33 +176,45 @@ def _compaction(pool: PagePool) -> tuple[Any, ...]:
     return (*split_pages(pool.cache), pool.page_ids(ids[:arena]), tokens, kept, ids[-arena:])
 
 
-def _fault(cuda: CudaPages, pool: PagePool, group: int) -> str | None:
-    """What is wrong with CUDA's kernels on random pages of this pool's shape; None is good."""
+def _fault_of_attention(cuda: CudaPages, pool: PagePool, group: int) -> str | None:
+    """What is wrong with CUDA's attention on random pages of this pool's shape; None is good."""
     draw = torch.Generator().manual_seed(0)
     rows, size, device = pool.page_tokens, pool.head_size, pool.device
-    cache = torch.randn(28, 1, rows, 2 * size, generator=draw).to(device, pool.cache.dtype)
-    keys, values = split_pages(cache)
-    tables = torch.randperm(28, generator=draw, dtype=torch.int32).view(4, 7).to(device)
-    lengths = torch.tensor([0, 1, rows + 1, 7 * rows], dtype=torch.int32, device=device)
+    tables = torch.randperm(PAGES, generator=draw, dtype=torch.int32).view(4, -1).to(device)
+    lengths = torch.tensor([0, 1, rows + 1, PAGES // 4 * rows], dtype=torch.int32, device=device)
     queries = torch.randn(4, group, size, generator=draw).to(device, pool.cache.dtype)
-    arguments = (queries, keys, values, tables, lengths, size**-0.5)
-    wanted = attend_pages_reference(*arguments)
+    held = *split_pages(_random_pages(pool, draw)), tables, lengths
+    wanted = attend_pages_reference(queries, *held, size**-0.5)
+    try:
+        for splits in (1, 3):
+            out = torch.full_like(queries, torch.nan)
+            cuda.attend_pages(queries, *held, size**-0.5, out, splits)
+            if not torch.allclose(out.double(), wanted, atol=TOLERANCE, rtol=TOLERANCE):
+                return f"attention in {splits} splits differs from its reference"
+    except CudaError as error:
+        return str(error)
+    return None
 
+
+def _fault_of_compaction(cuda: CudaPages, pool: PagePool) -> str | None:
+    """What is wrong with CUDA's compaction on random pages of this pool's shape; None is good."""
+    draw = torch.Generator().manual_seed(0)
+    rows, device = pool.page_tokens, pool.device
     two_heads = torch.arange(20, device=device).view(10, 2).T[None]
     lots = [torch.randperm(10 * rows, generator=draw)[: 2 * rows].sort().values for _ in range(2)]
     kept = torch.cat([lots[0], lots[1] + 10 * rows]).to(device)
     copy = (two_heads, 10 * rows, kept, torch.tensor([10, 13], device=device))
-    moved, copied = cache.clone(), cache.clone()
-    compact_reference(*split_pages(moved), *copy)
+    wanted = _random_pages(pool, draw)
+    copied = wanted.clone()
+    compact_reference(*split_pages(wanted), *copy)
     try:
-        for splits in (1, 3):
-            out = torch.full_like(queries, torch.nan)
-            cuda.attend_pages(*arguments, out, splits)
-            if not torch.allclose(out.double(), wanted, atol=TOLERANCE, rtol=TOLERANCE):
-                return f"attention in {splits} splits differs from its reference"
         cuda.compact(*split_pages(copied), *copy)
-        if not torch.equal(copied, moved):
-            return "compaction differs from its reference"
     except CudaError as error:
         return str(error)
-    return None
+    return None if torch.equal(copied, wanted) else "compaction differs from its reference"
+
+
+def _random_pages(pool: PagePool, draw: torch.Generator) -> Tensor:
+    """Pages as the pool's, `[PAGES, 1, B, 2*D]`."""
+    shape = (PAGES, *pool.cache.shape[1:])
+    return torch.randn(shape, generator=draw).to(pool.device, pool.cache.dtype)

@@ -45,8 +45,11 @@ class Runner(ABC):
         """Keep the steps inside out of captured graphs: those of attention (`FULL`) or `ANY`."""
 
     @abstractmethod
-    def send_seconds(self, seconds: list[float]) -> None:
-        """Report compression times with the step's output."""
+    def send(self, stats: WorkerStats) -> None:
+        """Report with the step's output; a connector's own statistics ride along.
+
+        They do so in every step, for vLLM adds up ranks' statistics of one type only.
+        """
 
     @abstractmethod
     def complete(self, output: Any) -> None:
@@ -75,11 +78,11 @@ class FirstRunner(Runner):
 
         return _dispatching(dispatcher, dispatch)
 
-    def send_seconds(self, seconds: list[float]) -> None:
-        self._runner.kv_connector_output = _with(seconds, self._runner.kv_connector_output)
+    def send(self, stats: WorkerStats) -> None:
+        self._runner.kv_connector_output = _around(self._runner.kv_connector_output, stats)
 
     def complete(self, output: Any) -> None:
-        """It has taken the times with `kv_connector_output`."""
+        """It has taken all with `kv_connector_output`."""
 
 
 class SecondRunner(Runner):
@@ -89,7 +92,7 @@ class SecondRunner(Runner):
         super().__init__(runner)
         self._request_ids: Sequence[str] = ()
         self._blocks: dict[str, list[int]] = {}
-        self._seconds: list[float] = []
+        self._stats = WorkerStats()
         state = runner.model_state
         state.prepare_attn = partial(self._prepare_attn, state.prepare_attn)
 
@@ -131,22 +134,23 @@ class SecondRunner(Runner):
 
         return _dispatching(manager, dispatch)
 
-    def send_seconds(self, seconds: list[float]) -> None:
-        self._seconds += seconds
+    def send(self, stats: WorkerStats) -> None:
+        self._stats = stats
 
     def complete(self, output: Any) -> None:
         """The last rank's output comes with `model_runner_output`, the others' say nothing."""
         held = getattr(output, "model_runner_output", None)
-        if held is not None and self._seconds:
-            held.kv_connector_output = _with(self._seconds, held.kv_connector_output)
-        self._seconds = []
+        if held is not None:
+            held.kv_connector_output = _around(held.kv_connector_output, self._stats)
 
 
-def _with(seconds: list[float], output: KVConnectorOutput | None) -> KVConnectorOutput:
-    """A connector's output with compression times in its statistics."""
-    output = output or KVConnectorOutput()
-    stats = WorkerStats({"seconds": seconds}, output.kv_connector_stats)
-    return replace(output, kv_connector_stats=stats)
+def _around(output: KVConnectorOutput | None, stats: WorkerStats) -> KVConnectorOutput | None:
+    """A connector's output whose statistics are ours, with the connector's own inside."""
+    theirs = output.kv_connector_stats if output else None
+    if theirs is None and stats.is_empty():
+        return output
+    both = replace(stats, connector=theirs)
+    return replace(output or KVConnectorOutput(), kv_connector_stats=both)
 
 
 @contextmanager

@@ -5,6 +5,7 @@ They travel as vLLM's own statistics do: the worker's in `KVConnectorOutput`, th
 """
 
 from collections import Counter, deque
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -18,20 +19,26 @@ RECENT_REQUESTS = 64
 
 @dataclass
 class WorkerStats(KVConnectorStats):
-    """Seconds each compression of a step took, worker to scheduler: `{"seconds": [...]}`.
+    """A worker's news of a step, to the scheduler.
 
-    A KV connector's own statistics of the step ride along.
+    `data`: "seconds" that each compression took; in the first step, "kernels": by what they do,
+    whose they are (`page_kernels.Choice`). A KV connector's own statistics of the step ride along.
     """
 
     connector: KVConnectorStats | None = None
 
+    @staticmethod
+    def of(seconds: list[float], kernels: Mapping[str, Iterable[str]]) -> "WorkerStats":
+        return WorkerStats({"seconds": seconds, "kernels": dict(kernels)})
+
     def reset(self) -> None:
-        self.data, self.connector = {"seconds": []}, None
+        self.data, self.connector = {"seconds": [], "kernels": {}}, None
 
     def aggregate(self, other: KVConnectorStats) -> KVConnectorStats:
         theirs: KVConnectorStats | None = other
         if isinstance(other, WorkerStats):
             self.data["seconds"] += other.data["seconds"]
+            add_names(self.data["kernels"], other.data["kernels"])
             theirs = other.connector
         if theirs is not None:
             self.connector = self.connector.aggregate(theirs) if self.connector else theirs
@@ -41,7 +48,13 @@ class WorkerStats(KVConnectorStats):
         return {"compressions": len(self.data["seconds"])}
 
     def is_empty(self) -> bool:
-        return not self.data["seconds"]
+        return not any(self.data.values())
+
+
+def add_names(kernels: dict[str, list[str]], others: Mapping[str, Iterable[str]]) -> None:
+    """Add the names of other kernels for each of some tasks, each name once."""
+    for task, names in others.items():
+        kernels[task] = sorted({*kernels.get(task, ()), *names})
 
 
 @dataclass(slots=True)
@@ -88,6 +101,7 @@ class Totals:
     recompressions: int = 0
     blocks_freed: int = 0
     seconds: list[float] = field(default_factory=list)
+    kernels: dict[str, list[str]] = field(default_factory=dict)
     recent: deque[RequestRecord] = field(default_factory=lambda: deque(maxlen=RECENT_REQUESTS))
     _compressed: set[str] = field(default_factory=set)
     _changed: bool = False
@@ -120,9 +134,10 @@ class Totals:
         self.requests[preset, outcome] += 1
         self._changed = True
 
-    def add_seconds(self, seconds: list[float]) -> None:
-        self.seconds += seconds
-        self._changed = True
+    def add(self, worker: WorkerStats) -> None:
+        self.seconds += worker.data["seconds"]
+        add_names(self.kernels, worker.data["kernels"])
+        self._changed = self._changed or not worker.is_empty()
 
     def changed(self) -> bool:
         return self._changed
@@ -150,5 +165,6 @@ class Totals:
             "before": before,
             "number": self._number,
             "seconds": seconds,
+            "kernels": self.kernels,
             "recent": [asdict(record) for record in self.recent],
         }

@@ -4,7 +4,7 @@ Extends vLLM's `Worker` by cooperative inheritance; a platform adds its attentio
 (`engine/cpu.py`). The model runner is read, never changed (`engine/runners.py`).
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -17,6 +17,7 @@ from vllm.distributed import (
     get_tensor_model_parallel_world_size,
     tensor_model_parallel_all_gather,
 )
+from vllm.logger import init_logger
 from vllm.model_executor.layers.attention import Attention
 from vllm.utils.torch_utils import async_tensor_h2d
 from vllm.v1.attention import selector
@@ -32,9 +33,12 @@ from vllm_kvcompress.engine.judge import Judge
 from vllm_kvcompress.engine.propagation import Propagation
 from vllm_kvcompress.engine.runners import ANY, FULL, Runner, runner_of
 from vllm_kvcompress.engine.stash import Stash
+from vllm_kvcompress.engine.stats import WorkerStats
 from vllm_kvcompress.engine.windows import Capture
 from vllm_kvcompress.paging.formats import page_format
 from vllm_kvcompress.paging.pool import PagePool
+
+logger = init_logger("vllm.kv_compress.worker")  # vLLM shows what is below `vllm`
 
 
 @dataclass(frozen=True, slots=True)
@@ -134,6 +138,8 @@ class PerHeadWorker:
 
     replaced_backend: ClassVar[Any]
     backend: ClassVar[type[AttentionBackend]]
+    kernels: Mapping[str, Sequence[str]]
+    """Whose kernels run, by what they do."""
     compressor: Compressor | None = None
     propagation: Propagation | None = None
 
@@ -149,8 +155,8 @@ class PerHeadWorker:
         """Tell a metadata builder whom to ask."""
         builder.step_view = self._view
 
-    def reserved_bytes(self, config: EngineConfig) -> int:
-        """Memory to keep from the cache: the stash of token-selective propagation."""
+    def reserved_bytes(self, config: EngineConfig, available: int) -> int:
+        """Memory to keep from the `available` bytes: the stash of token-selective propagation."""
         if not config.tsp_max_inflight_tokens:
             return 0
         return Stash.bytes_of(*self._stash_shape(config))
@@ -169,6 +175,7 @@ class PerHeadWorker:
         pool = PagePool(caches, page_format(first, caches[0]))
         config = parse_engine_config(vllm_config.additional_config["kv_compress"])
         self.compressor = self.make_compressor(config, pool, first.impl.scale)
+        self._kernels_to_tell = self.kernels
         self._runner = runner_of(runner)
         self._view = StepView(self.compressor, self._runner, runner.attn_groups)
         for layer in layers.values():
@@ -196,13 +203,15 @@ class PerHeadWorker:
         available = super().determine_available_memory()  # type: ignore[misc]
         vllm_config = self.vllm_config  # type: ignore[attr-defined]
         config = parse_engine_config(vllm_config.additional_config["kv_compress"])
-        reserved = self.reserved_bytes(config)
+        reserved = self.reserved_bytes(config, available)
         if reserved >= available:
             raise ValueError(
-                f"kv-compress takes {reserved} bytes of the {available} for the KV cache, with "
-                f"tsp_max_inflight_tokens={config.tsp_max_inflight_tokens}: give a smaller "
-                "number, or 0 for no TSP"
+                f"kv-compress takes {reserved} bytes of the {available} for the KV cache: give a "
+                "smaller --max-model-len, tsp_max_inflight_tokens (now "
+                f"{config.tsp_max_inflight_tokens}; 0 for no TSP) or window_max_inflight_tokens "
+                f"(now {config.window_max_inflight_tokens})"
             )
+        logger.info("kv-compress keeps %d MiB for compressing", reserved >> 20)
         return available - reserved
 
     def _stash_shape(self, config: EngineConfig) -> tuple[int, int, torch.dtype]:
@@ -229,8 +238,9 @@ class PerHeadWorker:
         with selecting, graphs:
             output = super().execute_model(scheduler_output)  # type: ignore[misc]
         compressor.finish_step(self._view.block_ids)
-        if seconds := compressor.clock.take():
-            self._runner.send_seconds(seconds)
+        if output is None:  # the step's output is still to come
+            self._runner.send(WorkerStats.of(compressor.clock.take(), self._kernels_to_tell))
+            self._kernels_to_tell = {}
         return output
 
     def sample_tokens(self, grammar_output: Any) -> Any:

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from vllm_kvcompress.policy.ranking import largest
+from vllm_kvcompress.policy.ranking import largest, row_blocks
 
 
 def page_prices(ranked: Tensor, page_tokens: int) -> Tensor:
@@ -20,10 +20,13 @@ def page_prices(ranked: Tensor, page_tokens: int) -> Tensor:
     Returns:
         f32 `[..., n // B]`.
     """
-    pages = ranked.shape[-1] // page_tokens
-    whole = ranked[..., ranked.shape[-1] - pages * page_tokens :]
-    counted = whole.nan_to_num(posinf=0.0, neginf=0.0)
-    return counted.view(*whole.shape[:-1], pages, page_tokens).sum(dim=-1).flip(-1)
+    n = ranked.shape[-1]
+    rows, pages = ranked.reshape(-1, n), n // page_tokens
+    prices = ranked.new_empty(len(rows), pages)
+    for block in row_blocks(*rows.shape):
+        counted = rows[block, n - pages * page_tokens :].nan_to_num(posinf=0.0, neginf=0.0)
+        prices[block] = counted.view(-1, pages, page_tokens).sum(dim=-1).flip(-1)
+    return prices.view(*ranked.shape[:-1], pages)
 
 
 def deal_best_pages(prices: Tensor, totals: Tensor, least: Tensor, most: Tensor) -> Tensor:

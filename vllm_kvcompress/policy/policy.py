@@ -7,7 +7,7 @@ from torch import Tensor
 
 from vllm_kvcompress.accounting import ceil_div
 from vllm_kvcompress.policy.interfaces import Allocator, Propagator, Scorer, Selector
-from vllm_kvcompress.policy.ranking import MarkedScores
+from vllm_kvcompress.policy.ranking import MarkedScores, row_blocks
 
 # Scores beyond it are cut, so that the sum of a page stays finite.
 MAX_SCORE = 1e30
@@ -55,6 +55,7 @@ class Policy:
         sinks: int,
         recent: int,
         valid: Tensor | None = None,
+        inplace: bool = False,
     ) -> Kept:
         """Choose what stays.
 
@@ -67,6 +68,7 @@ class Policy:
             page_tokens: tokens per page.
             sinks, recent: protected tokens per head.
             valid: `[L, H, n]` bool, False for padding.
+            inplace: write over `scores`, which spares a copy of them.
 
         What would have to wait for a GPU is checked on a CPU only.
 
@@ -84,7 +86,8 @@ class Policy:
         host = scores.device.type == "cpu"
         if host:
             _check_total(total_pages, page_tokens, min_pages, max_pages)
-        marked = MarkedScores(_mark(scores, sinks, recent, valid))
+        own = scores.float() if inplace else scores.to(torch.float32, copy=True)
+        marked = MarkedScores(_mark(own, sinks, recent, valid))
         pages = self.allocator.allocate(marked, total_pages, page_tokens, min_pages, max_pages)
         if host and int(pages.sum()) != total_pages:
             raise RuntimeError(
@@ -110,12 +113,16 @@ def _check_total(total_pages: int, page_tokens: int, min_pages: int, max_pages: 
 
 
 def _mark(scores: Tensor, sinks: int, recent: int, valid: Tensor | None) -> Tensor:
-    """Finite scores, except `+inf` for protected candidates and `-inf` for padding."""
-    marked = scores.float().clamp(-MAX_SCORE, MAX_SCORE).nan_to_num_(nan=-MAX_SCORE)
+    """`scores` made finite, except `+inf` for protected candidates and `-inf` for padding."""
+    n = scores.shape[-1]
+    scores.clamp_(-MAX_SCORE, MAX_SCORE).nan_to_num_(nan=-MAX_SCORE)
     if valid is None:
-        marked[..., :sinks] = torch.inf
-        marked[..., max(0, marked.shape[-1] - recent) :] = torch.inf
-        return marked
-    ordinal = valid.cumsum(dim=-1)
-    protected = (ordinal <= sinks) | (ordinal > ordinal[..., -1:] - recent)
-    return marked.masked_fill_(protected, torch.inf).masked_fill_(~valid, -torch.inf)
+        scores[..., :sinks] = torch.inf
+        scores[..., max(0, n - recent) :] = torch.inf
+        return scores
+    for block in row_blocks(len(scores), scores[0].numel()):
+        own, real = scores[block], valid[block]
+        ordinal = real.cumsum(dim=-1, dtype=torch.int32)
+        protected = (ordinal <= sinks) | (ordinal > ordinal[..., -1:] - recent)
+        own.masked_fill_(protected, torch.inf).masked_fill_(~real, -torch.inf)
+    return scores

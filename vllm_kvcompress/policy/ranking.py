@@ -3,12 +3,17 @@
 All shapes follow from numbers that the host knows, so nothing here waits for a GPU.
 """
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
 
 import numpy as np
 import torch
 from torch import Tensor
+
+# Rows are taken together up to so many elements: a GPU's sort of them all would need eleven
+# times their bytes beside them.
+AT_ONCE = 1 << 21
 
 
 @dataclass(frozen=True)
@@ -27,6 +32,13 @@ class MarkedScores:
         return ascending(self.values)
 
 
+def row_blocks(rows: int, length: int) -> Iterator[slice]:
+    """`0 .. rows` in order, as many rows of `length` elements at a time as `AT_ONCE` allows."""
+    step = max(1, AT_ONCE // max(1, length))
+    for start in range(0, rows, step):
+        yield slice(start, min(rows, start + step))
+
+
 def ascending(values: Tensor) -> Tensor:
     """`values` sorted along the last dimension, without their indices.
 
@@ -35,7 +47,11 @@ def ascending(values: Tensor) -> Tensor:
     """
     if values.device.type == "cpu":
         return torch.from_numpy(np.sort(values.numpy(), axis=-1))
-    return values.sort(dim=-1).values
+    rows = values.reshape(-1, values.shape[-1])
+    ranked = torch.empty_like(rows, memory_format=torch.contiguous_format)
+    for block in row_blocks(*rows.shape):
+        ranked[block] = rows[block].sort(dim=-1).values
+    return ranked.view(values.shape)
 
 
 def largest(values: Tensor, counts: Tensor, ranked: Tensor | None = None) -> Tensor:
@@ -53,11 +69,16 @@ def largest(values: Tensor, counts: Tensor, ranked: Tensor | None = None) -> Ten
     if ranked is None:
         ranked = ascending(values)
     last_kept = (n - counts).clamp_(max=n - 1).unsqueeze(-1)
-    threshold = ranked.gather(-1, last_kept)
-    above = values > threshold
-    equal = values == threshold
-    free = counts.unsqueeze(-1) - above.sum(dim=-1, keepdim=True)
-    return above | (equal & (equal.cumsum(dim=-1, dtype=torch.int32) <= free))
+    thresholds = ranked.gather(-1, last_kept).view(-1, 1)
+    rows, wanted = values.reshape(-1, n), counts.reshape(-1, 1)
+    marks = torch.empty(rows.shape, dtype=torch.bool, device=values.device)
+    for block in row_blocks(*rows.shape):
+        own, threshold = rows[block], thresholds[block]
+        above = torch.gt(own, threshold, out=marks[block])
+        equal = own == threshold
+        free = wanted[block] - above.sum(dim=-1, keepdim=True)
+        above |= equal & (equal.cumsum(dim=-1, dtype=torch.int32) <= free)
+    return marks.view(values.shape)
 
 
 def indices_of(mask: Tensor, count: int) -> Tensor:

@@ -21,11 +21,14 @@ class KeyDiffScorer(Scorer):
     needs_values: ClassVar[bool] = False
 
     def score(self, obs: Observation, layer: int) -> Tensor:
-        keys = F.normalize(obs.keys.float(), dim=-1)
-        if obs.valid is not None:
-            keys = keys.masked_fill(~obs.valid.unsqueeze(-1), 0.0)
-        anchor = F.normalize(keys.sum(dim=1), dim=-1)  # [H, D]
-        return -torch.bmm(keys, anchor.unsqueeze(-1)).squeeze(-1)
+        scores = torch.empty(obs.keys.shape[:2], device=obs.keys.device)
+        for head, own in enumerate(obs.keys):  # all heads' keys in f32 would be many gigabytes
+            keys = F.normalize(own.float(), dim=-1)
+            if obs.valid is not None:
+                keys.masked_fill_(~obs.valid[head, :, None], 0.0)
+            anchor = F.normalize(keys.sum(dim=0), dim=-1)
+            scores[head] = -(keys @ anchor)
+        return scores
 
 
 @register_scorer("position")

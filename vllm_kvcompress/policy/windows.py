@@ -40,7 +40,13 @@ class WindowScorer(Scorer):
     pool_tokens: Annotated[int, Field(ge=1, le=1024)] = 1
 
     def score(self, obs: Observation, layer: int) -> Tensor:
-        attention = AttentionScorer(
+        attention = self.attention()
+        mass = attention.pooled(attention.mass(obs)).flatten(0, 1)
+        return self.token_worth(mass, obs).expand(obs.heads, obs.tokens)
+
+    def attention(self) -> AttentionScorer:
+        """Whose pooled mass, for each query head alone, is what windows are made of."""
+        return AttentionScorer(
             power=1,
             queries=self.queries,
             half_life_tokens=self.half_life_tokens,
@@ -48,11 +54,12 @@ class WindowScorer(Scorer):
             pool_tokens=self.pool_tokens,
             score_window=False,
         )
-        mass = attention.pooled(attention.mass(obs)).flatten(0, 1)  # [Hq, n]
+
+    def token_worth(self, mass: Tensor, obs: Observation) -> Tensor:
+        """Worth of each token's window, f32 `[n]`, of the pooled mass `[Hq, n]`."""
         in_review = obs.positions < obs.query_positions.min()
         worth = self.window_worth(mass * in_review, in_review.sum())
-        worth = worth.repeat_interleave(self.review_tokens)[: obs.tokens] * in_review
-        return worth.expand(obs.heads, obs.tokens)
+        return worth.repeat_interleave(self.review_tokens)[: obs.tokens] * in_review
 
     def window_worth(self, mass: Tensor, review: Tensor | int) -> Tensor:
         """Worth of each window: attention f32 `[Hq, n]` to f32 `[ceil(n / review_tokens)]`.

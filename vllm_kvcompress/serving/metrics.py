@@ -7,7 +7,7 @@ The scheduler sends `Totals.snapshot()` (`engine/stats.py`) under `STATS_KEY` of
 from collections.abc import Mapping
 from typing import Any
 
-from prometheus_client import REGISTRY, Counter, Histogram
+from prometheus_client import REGISTRY, Counter, Gauge, Histogram
 from vllm.config import VllmConfig
 from vllm.v1.metrics.loggers import AggregateStatLoggerBase
 
@@ -19,6 +19,7 @@ from vllm_kvcompress.transport.timeline import Timelines
 
 PREFIX = "vllm:kv_compress_"
 LABELS = ["model_name", "engine"]
+KERNELS = ["attention", "compaction"]
 SECONDS_BUCKETS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10)
 
 
@@ -53,6 +54,13 @@ class Series:
             buckets=SECONDS_BUCKETS,
             registry=registry,
         )
+        self._kernels = Gauge(
+            PREFIX + "kernels_info",
+            "Always 1; whose kernels attend and copy kept tokens, `+` where it goes by size.",
+            [*LABELS, *KERNELS],
+            multiprocess_mode="mostrecent",
+            registry=registry,
+        )
 
     def add(self, engine: int, payload: Mapping[str, Any]) -> None:
         """Add what happened between `payload["before"]` and `payload`."""
@@ -68,6 +76,8 @@ class Series:
             series.labels(*labels).inc(payload[name] - before.get(name, 0))
         for seconds in payload["seconds"]:
             self._seconds.labels(*labels).observe(seconds)
+        if kernels := payload["kernels"]:
+            self._kernels.labels(*labels, *("+".join(kernels[task]) for task in KERNELS)).set(1)
 
     def show(self, engine: int) -> None:
         """Make the series without further labels appear at zero."""

@@ -10,6 +10,8 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
+from vllm_kvcompress.engine.stats import add_names
+
 SHARED_DIR = "PROMETHEUS_MULTIPROC_DIR"
 SUMMED = ("recompressions", "blocks_freed", "pages_freed")
 
@@ -42,16 +44,19 @@ class Snapshots:
         latest = self.latest()
         requests: dict[str, Counter[str]] = {}
         tokens: dict[str, Counter[str]] = {"prompt_tokens": Counter(), "held_tokens": Counter()}
+        kernels: dict[str, list[str]] = {}
         recent = []
         for engine, snapshot in sorted(latest.items()):
             for policy, outcome, count in snapshot["requests"]:
                 requests.setdefault(policy, Counter())[outcome] += count
             for name, counter in tokens.items():
                 counter.update(snapshot[name])
+            add_names(kernels, snapshot["kernels"])
             recent += [{**record, "engine": engine} for record in snapshot["recent"]]
         return {
             "requests": requests,
             **tokens,
             **{name: sum(snapshot[name] for snapshot in latest.values()) for name in SUMMED},
+            "kernels": kernels,
             "recent": recent,
         }

@@ -43,19 +43,19 @@ class AttentionEngine(ABC):
     name: as in `attention_engine`.
     beside: vLLM's attention backends for everything that is not compressed, the best first.
     workspace_bytes: what it allocates once and keeps.
+    attend_pages: what an engine made calls where `kernels.attend_pages` would do, and may be given
+        instead; None where it has kernels of its own.
     """
 
     name: ClassVar[str]
     beside: ClassVar[tuple[str, ...]]
     workspace_bytes: ClassVar[int] = 0
+    attend_pages: Callable[..., None] | None = None
 
     @classmethod
     @abstractmethod
     def obstacle(cls, platform: Any, dtype: str) -> str | None:
         """Why it cannot run here with a model of this dtype; None when it can."""
-
-    def use(self, attend_pages: Callable[..., None]) -> None:  # noqa: B027
-        """Call this for what `kernels.attend_pages` does, where the engine calls that."""
 
     @abstractmethod
     def attend(self, call: HeadCall) -> None:

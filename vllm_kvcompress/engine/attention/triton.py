@@ -11,7 +11,7 @@ from vllm_kvcompress.engine.attention.interface import AttentionEngine, HeadCall
 
 
 class TritonEngine(AttentionEngine):
-    """`kernels.attend_pages`, or what `use` put in its place, and vLLM's `unified_attention`."""
+    """`attend_pages`, and vLLM's `unified_attention`."""
 
     name = "triton"
     beside = ("TRITON_ATTN",)
@@ -23,14 +23,11 @@ class TritonEngine(AttentionEngine):
     def __init__(self) -> None:
         from vllm_kvcompress.kernels import attend_pages
 
-        self._attend_pages: Callable[..., None] = attend_pages
-
-    def use(self, attend_pages: Callable[..., None]) -> None:
-        self._attend_pages = attend_pages
+        self.attend_pages: Callable[..., None] = attend_pages
 
     def attend(self, call: HeadCall) -> None:
         if call.most_queries == 1:
-            self._attend_pages(*newest(call))
+            self.attend_pages(*newest(call))
         else:
             _attend_several(call)
 
