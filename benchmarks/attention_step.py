@@ -173,7 +173,9 @@ class Cache:
             tables.put(str(request), pages.view(shape), arena, self.full_blocks * BLOCK_TOKENS)
         rows = [(request, request) for request in range(self.point.requests)]
         ends = np.full(len(rows), self.full_blocks * BLOCK_TOKENS + 1)
-        return HeadBatch.build(tables, rows, self.query_start.numpy(), ends, self.blocks)
+        return HeadBatch.build(
+            tables, rows, self.query_start.numpy(), ends, self.blocks.__getitem__
+        )
 
     def _impl(self, kind: Any) -> Any:
         from vllm.config import set_current_vllm_config

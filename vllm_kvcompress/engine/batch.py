@@ -4,7 +4,7 @@ Any paged kernel is a per-head kernel: (request, head) is a sequence, its block 
 `PageTables`, its queries the G query heads of that KV head.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -37,9 +37,8 @@ class Sequences:
         """Those of some rows of a batch; `query_start` int `[num_reqs + 1]`, each row's first."""
         chosen = np.asarray(rows)
         starts = query_start[chosen]
-        return _sequences(
-            tuple(chosen), tuple(starts), tuple(query_start[chosen + 1] - starts), heads
-        )
+        counts = query_start[chosen + 1] - starts
+        return _sequences(*(tuple(part.tolist()) for part in (chosen, starts, counts)), heads)
 
     def on(self, device: torch.device) -> "Sequences":
         """A copy there, without waiting for the device."""
@@ -69,7 +68,7 @@ class HeadBatch:
         rows_and_slots: Sequence[tuple[int, int]],
         query_start: np.ndarray,
         ends: np.ndarray,
-        block_ids: Sequence[list[int]],
+        block_ids: Callable[[int], list[int]],
     ) -> "HeadBatch":
         """Lay out the step's compressed requests.
 
@@ -77,7 +76,7 @@ class HeadBatch:
             rows_and_slots: (row in the batch, slot in `tables`), sorted by slot.
             query_start: int `[num_reqs + 1]` first token of each row.
             ends: int64 `[R]` tokens each request has once the step is done.
-            block_ids: natural block ids of each.
+            block_ids: natural block ids of the r-th.
         """
         rows, slots = np.array(rows_and_slots).T
         tails = tables.extend(slots, ends, block_ids)

@@ -6,7 +6,7 @@ Slots are dense: `0 .. len(self)`. A layer's slice of the first R slots is the b
 `R*H` sequences with one KV head each, without a copy.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable
 
 import numpy as np
 import torch
@@ -110,13 +110,15 @@ class PageTables:
             for column in (self._most_pages, self._tail_start, self._tail_blocks):
                 column[hole] = column[last]
 
-    def extend(self, slots: np.ndarray, ends: np.ndarray, block_ids: Sequence[list[int]]) -> Tensor:
+    def extend(
+        self, slots: np.ndarray, ends: np.ndarray, block_ids: Callable[[int], list[int]]
+    ) -> Tensor:
         """Enter the tail blocks that positions `0 .. ends` need; returns the tail's tokens.
 
         Args:
             slots: int64 `[R]`.
             ends: int64 `[R]` tokens computed once this step is done.
-            block_ids: each request's natural block ids.
+            block_ids: natural block ids of the r-th request, asked where it needs more.
 
         Returns:
             int32 `[R]` tail tokens per request.
@@ -133,7 +135,7 @@ class PageTables:
             first = int(self._tail_start[slots[row]]) // page_tokens
             new_slots += [int(slots[row])] * (want - have)
             new_columns += range(have, want)
-            new_blocks += block_ids[row][first + have : first + want]
+            new_blocks += block_ids(int(row))[first + have : first + want]
         if new_slots:
             self._tail_blocks[slots] = np.maximum(entered, needed)
             self._enter(new_slots, new_columns, new_blocks)
