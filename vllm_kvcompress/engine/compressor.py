@@ -7,6 +7,7 @@ arguments, so that another runner needs another caller and nothing here.
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from operator import itemgetter
+from typing import Any
 
 import numpy as np
 import torch
@@ -81,6 +82,8 @@ class Compressor:
         self._passing: dict[str, Span] = {}  # of windows
         self.propagating: dict[str, Span] = {}  # of prompts with token-selective propagation
         self._in_step = False
+        self._last_batch: tuple[Any, ...] = ()
+        self._last_rows = np.empty((0, 2), dtype=np.int64)
 
     def _new_tables(self) -> Tables:
         return PageTables(self.pool)
@@ -218,15 +221,23 @@ class Compressor:
             seq_lens: int `[num_reqs]` tokens of each once the step is done.
         """
         assert isinstance(self.tables, PageTables)
-        slots = self.rows(request_ids)
-        if not slots:
+        found = self._rows_by_slot(request_ids)
+        if not len(found):
             return None
-        slots.sort(key=itemgetter(1))
-        rows = [row for row, _ in slots]
+        rows = found[:, 0]
         ends = seq_lens[rows].astype(np.int64)
         return HeadBatch.build(
-            self.tables, slots, query_start, ends, lambda at: block_ids(request_ids[rows[at]])
+            self.tables, found, query_start, ends, lambda at: block_ids(request_ids[rows[at]])
         )
+
+    def _rows_by_slot(self, request_ids: Sequence[str]) -> np.ndarray:
+        """`rows` in order of slots, int64 `[R, 2]`; decoding, most steps' are the last one's."""
+        batch = (self._in_step, self.tables.version, *request_ids)
+        if batch != self._last_batch:
+            pairs = sorted(self.rows(request_ids), key=itemgetter(1))
+            self._last_batch = batch
+            self._last_rows = np.array(pairs, dtype=np.int64).reshape(-1, 2)
+        return self._last_rows
 
     def captures(self, request_ids: Sequence[str], query_start: np.ndarray) -> list[Capture]:
         """The queries of the step's batch to keep aside; none outside a step."""

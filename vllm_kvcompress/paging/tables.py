@@ -21,6 +21,7 @@ class PageTables:
     """Per-head block tables of the compressed requests of one worker.
 
     `tables` int32 `[L, slots, H, width]`, `kept` int32 `[L, slots, H]` tokens in the arena.
+    `version` changes whenever a request gets, loses or changes its slot.
     """
 
     def __init__(self, pool: PagePool) -> None:
@@ -30,6 +31,7 @@ class PageTables:
         self.kept = torch.zeros(shape, dtype=torch.int32)
         self._pages = torch.zeros(shape, dtype=torch.int64)  # arena pages per head
         self._most_pages = np.zeros(0, dtype=np.int64)  # of any head
+        self.version = 0
         self._requests: list[str] = []
         self._slots: dict[str, int] = {}
         self._tail_start = np.zeros(0, dtype=np.int64)  # tokens before each slot's tail
@@ -59,6 +61,7 @@ class PageTables:
         """
         slot = self._slots.get(request_id)
         if slot is None:
+            self.version += 1
             slot = len(self._requests)
             self._requests.append(request_id)
             self._slots[request_id] = slot
@@ -100,6 +103,7 @@ class PageTables:
         hole = self._slots.pop(request_id, None)
         if hole is None:
             return
+        self.version += 1
         last = len(self._requests) - 1
         moved = self._requests.pop()
         if hole != last:
