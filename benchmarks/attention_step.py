@@ -171,9 +171,11 @@ class Cache:
             pages = apportion(weights, count * lanes, least, least * self.full_blocks)
             arena = self.pool.block_pages(torch.tensor(blocks[:count]))
             tables.put(str(request), pages.view(shape), arena, self.full_blocks * BLOCK_TOKENS)
-        rows = [(request, request) for request in range(self.point.requests)]
+        rows = np.arange(self.point.requests).repeat(2).reshape(-1, 2)
         ends = np.full(len(rows), self.full_blocks * BLOCK_TOKENS + 1)
-        return HeadBatch.build(tables, rows, self.query_start.numpy(), ends, self.blocks)
+        return HeadBatch.build(
+            tables, rows, self.query_start.numpy(), ends, self.blocks.__getitem__
+        )
 
     def _impl(self, kind: Any) -> Any:
         from vllm.config import set_current_vllm_config

@@ -41,12 +41,19 @@ REPORT_WIDTH = 110
 
 @dataclass
 class Clock:
-    """Exclusive seconds per label: time in a call counts for the innermost labelled one."""
+    """Exclusive seconds per label: time in a call counts for the innermost labelled one.
 
+    now: what the time is, in seconds.
+    """
+
+    now: Callable[[], float] = field(default_factory=lambda: perf_counter)
     seconds: defaultdict[str, float] = field(default_factory=lambda: defaultdict(float))
     calls: Counter[str] = field(default_factory=Counter)
     _stack: list[str] = field(default_factory=lambda: [VLLM])
-    _since: float = field(default_factory=perf_counter)
+    _since: float = field(init=False)
+
+    def __post_init__(self) -> None:
+        self._since = self.now()
 
     def wrap(self, owner: Any, name: str, label: str) -> None:
         """Put a stopwatch around `owner.name`, once."""
@@ -93,7 +100,7 @@ class Clock:
         return lap
 
     def _charge(self) -> None:
-        now = perf_counter()
+        now = self.now()
         self.seconds[self._stack[-1]] += now - self._since
         self._since = now
 

@@ -36,7 +36,7 @@ def test_what_an_override_passes_on_to_its_base_is_the_base_s_time(time):
         def own(self):
             time.spend(11)
 
-    clock = Clock(_since=time.now)
+    clock = Clock()
     clock.wrap_overrides(Ours, ACCOUNTING)
     ours = Ours()
     ours.allocate()
@@ -51,7 +51,7 @@ def test_time_is_charged_also_when_a_call_raises(time):
         time.spend(4)
         raise KeyError
 
-    clock = Clock(_since=time.now)
+    clock = Clock()
     with pytest.raises(KeyError):
         clock.timed(fail, ACCOUNTING)()
     time.spend(1)
@@ -59,7 +59,7 @@ def test_time_is_charged_also_when_a_call_raises(time):
 
 
 def test_a_lap_starts_from_zero(time):
-    clock = Clock(_since=time.now)
+    clock = Clock()
     time.spend(3)
     clock.lap()
     time.spend(2)

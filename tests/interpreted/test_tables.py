@@ -44,7 +44,7 @@ class Both:
         lengths = torch.zeros(shape, dtype=torch.int32)
         fill_tables(device.arenas, slots, table, seq_lens, B, 0, found, lengths)
         at = np.array([cpu.slot(name) for name in names])
-        tails = cpu.extend(at, seq_lens.numpy().astype(np.int64), table.tolist())
+        tails = cpu.extend(at, seq_lens.numpy().astype(np.int64), table.tolist().__getitem__)
         assert torch.equal(lengths, cpu.kept[:, at] + tails[:, None])
         used = torch.arange(WIDTH) < (-(-lengths // B))[..., None]
         width = min(WIDTH, cpu.tables.shape[-1])

@@ -98,7 +98,7 @@ class Model:
             slots.append(self.tables.slot(name))
             ends.append(end)
             natural.append(row.natural)
-        tails = self.tables.extend(np.array(slots), np.array(ends), natural)
+        tails = self.tables.extend(np.array(slots), np.array(ends), natural.__getitem__)
         expected = [end - self.rows[name].tail_start for name, end in zip(names, ends, strict=True)]
         assert tails.tolist() == expected
 

@@ -4,7 +4,7 @@ Any paged kernel is a per-head kernel: (request, head) is a sequence, its block 
 `PageTables`, its queries the G query heads of that KV head.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -23,29 +23,29 @@ class Sequences:
     rows: int64 `[R]` their rows in the runner's batch.
     tokens, lanes: int64 `[sum(q)*H]`, the token and the KV head each query is of.
     query_start_loc: int32 `[R*H + 1]`.
-    most_queries: the most tokens of one request.
+    counts: int32 `[R]` tokens of each; most_queries: the most of them.
     """
 
     rows: Tensor
     tokens: Tensor
     lanes: Tensor
     query_start_loc: Tensor
+    counts: Tensor
     most_queries: int
 
     @staticmethod
-    def of(rows: Sequence[int], query_start: np.ndarray, heads: int) -> "Sequences":
+    def of(rows: Sequence[int] | np.ndarray, query_start: np.ndarray, heads: int) -> "Sequences":
         """Those of some rows of a batch; `query_start` int `[num_reqs + 1]`, each row's first."""
         chosen = np.asarray(rows)
         starts = query_start[chosen]
-        return _sequences(
-            tuple(chosen), tuple(starts), tuple(query_start[chosen + 1] - starts), heads
-        )
+        counts = query_start[chosen + 1] - starts
+        return _sequences(*(tuple(part.tolist()) for part in (chosen, starts, counts)), heads)
 
     def on(self, device: torch.device) -> "Sequences":
         """A copy there, without waiting for the device."""
         if device.type == "cpu":
             return self
-        tensors = (self.rows, self.tokens, self.lanes, self.query_start_loc)
+        tensors = (self.rows, self.tokens, self.lanes, self.query_start_loc, self.counts)
         there = (async_tensor_h2d(tensor, device=device) for tensor in tensors)
         return Sequences(*there, self.most_queries)
 
@@ -66,20 +66,20 @@ class HeadBatch:
     @staticmethod
     def build(
         tables: PageTables,
-        rows_and_slots: Sequence[tuple[int, int]],
+        rows_and_slots: np.ndarray,
         query_start: np.ndarray,
         ends: np.ndarray,
-        block_ids: Sequence[list[int]],
+        block_ids: Callable[[int], list[int]],
     ) -> "HeadBatch":
         """Lay out the step's compressed requests.
 
         Args:
-            rows_and_slots: (row in the batch, slot in `tables`), sorted by slot.
+            rows_and_slots: int64 `[R, 2]`, row in the batch and slot in `tables`, sorted by slot.
             query_start: int `[num_reqs + 1]` first token of each row.
             ends: int64 `[R]` tokens each request has once the step is done.
-            block_ids: natural block ids of each.
+            block_ids: natural block ids of the r-th.
         """
-        rows, slots = np.array(rows_and_slots).T
+        rows, slots = rows_and_slots.T
         tails = tables.extend(slots, ends, block_ids)
         dense = len(slots) == slots[-1] + 1
         chosen = slice(0, len(slots)) if dense else torch.from_numpy(slots.copy())
@@ -110,5 +110,6 @@ def _sequences(
         tokens=torch.from_numpy(np.concatenate(tokens)),
         lanes=torch.from_numpy(np.concatenate(lanes)),
         query_start_loc=torch.from_numpy(np.concatenate([[0], ends]).astype(np.int32)),
-        most_queries=int(max(counts)),
+        counts=torch.tensor(counts, dtype=torch.int32),
+        most_queries=max(counts),
     )

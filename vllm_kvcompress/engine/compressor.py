@@ -6,6 +6,8 @@ arguments, so that another runner needs another caller and nothing here.
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from operator import itemgetter
+from typing import Any
 
 import numpy as np
 import torch
@@ -45,6 +47,7 @@ class _Request:
     window: QueryWindow | None = None
     positions: Tensor | None = None  # int32 [K*L*H*B] of the arena's tokens, if compressed again
     selected: Tensor | None = None  # int64 [m] positions that the deep layers have seen
+    over: bool = False  # no step means anything to it any more, unless it starts again
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,6 +82,8 @@ class Compressor:
         self._passing: dict[str, Span] = {}  # of windows
         self.propagating: dict[str, Span] = {}  # of prompts with token-selective propagation
         self._in_step = False
+        self._last_batch: tuple[Any, ...] = ()
+        self._last_rows = np.empty((0, 2), dtype=np.int64)
 
     def _new_tables(self) -> Tables:
         return PageTables(self.pool)
@@ -105,10 +110,11 @@ class Compressor:
                 new.block_ids = (kept,)
         cached = step.scheduled_cached_reqs
         for index, request_id in enumerate(cached.req_ids):
-            if request_id not in self._requests:
-                continue
             if request_id in cached.resumed_req_ids:
                 self._reset(request_id)
+            request = self._requests.get(request_id)
+            if request is None or request.over:
+                continue
             ids = cached.new_block_ids[index]
             blocks = ids[0] if ids is not None else []
             first, count = cached.num_computed_tokens[index], step.num_scheduled_tokens[request_id]
@@ -138,12 +144,14 @@ class Compressor:
         self.tables.remove(request_id)
         if request := self._requests.get(request_id):
             request.window = request.positions = request.selected = None
+            request.over = False
 
     def _schedule(self, request_id: str, first: int, count: int, blocks: list[int]) -> list[int]:
         """Note what this step means for a request; returns its natural new blocks."""
         request = self._requests[request_id]
         point = request.plan.next_stop(first)
         if point is None:
+            request.over = True
             return blocks
         propagates = request.plan.tsp_tokens is not None and point == request.plan.prompt_tokens
         if propagates:
@@ -213,14 +221,23 @@ class Compressor:
             seq_lens: int `[num_reqs]` tokens of each once the step is done.
         """
         assert isinstance(self.tables, PageTables)
-        slots = self.rows(request_ids)
-        if not slots:
+        found = self._rows_by_slot(request_ids)
+        if not len(found):
             return None
-        slots.sort(key=lambda pair: pair[1])
-        rows = [row for row, _ in slots]
-        natural = [block_ids(request_ids[row]) for row in rows]
+        rows = found[:, 0]
         ends = seq_lens[rows].astype(np.int64)
-        return HeadBatch.build(self.tables, slots, query_start, ends, natural)
+        return HeadBatch.build(
+            self.tables, found, query_start, ends, lambda at: block_ids(request_ids[rows[at]])
+        )
+
+    def _rows_by_slot(self, request_ids: Sequence[str]) -> np.ndarray:
+        """`rows` in order of slots, int64 `[R, 2]`; decoding, most steps' are the last one's."""
+        batch = (self._in_step, self.tables.version, *request_ids)
+        if batch != self._last_batch:
+            pairs = sorted(self.rows(request_ids), key=itemgetter(1))
+            self._last_batch = batch
+            self._last_rows = np.array(pairs, dtype=np.int64).reshape(-1, 2)
+        return self._last_rows
 
     def captures(self, request_ids: Sequence[str], query_start: np.ndarray) -> list[Capture]:
         """The queries of the step's batch to keep aside; none outside a step."""

@@ -57,7 +57,7 @@ class PerHeadMetadataBuilder(CPUAttentionMetadataBuilder):
             heads, captures = self.step_view.lay_out(common_attn_metadata)
         common = common_attn_metadata
         if heads is not None:
-            common = stubbed(common, heads.sequences.rows)
+            common = stubbed(common, heads.sequences)
         plain = super().build(common_prefix_len, common, fast_build)
         return PerHeadMetadata(**vars(plain), heads=heads, captures=captures)
 

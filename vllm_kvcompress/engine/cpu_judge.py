@@ -1,4 +1,4 @@
-"""The judge where the pages are a CPU's: attention is scored by the kernel for it."""
+"""The judge where the pages are a CPU's: the kernel for attention scores all layers at once."""
 
 from typing import Any
 
@@ -6,16 +6,14 @@ from torch import Tensor
 
 from vllm_kvcompress.engine.candidates import Candidates
 from vllm_kvcompress.engine.cpu_kernels import CPUKernels
-from vllm_kvcompress.engine.judge import Judge
+from vllm_kvcompress.engine.kernel_judge import KernelJudge
 from vllm_kvcompress.engine.windows import QueryWindow
 from vllm_kvcompress.policy.attention import AttentionScorer
-from vllm_kvcompress.policy.interfaces import Propagator, Scorer
 from vllm_kvcompress.policy.policy import Policy
-from vllm_kvcompress.policy.propagators import AttentionPropagator
 
 
-class CPUJudge(Judge):
-    """Scores windows by the kernel where the scorer, or the propagator, is `attention`."""
+class CPUJudge(KernelJudge):
+    """Scores by the kernels of csrc/cpu."""
 
     def __init__(self, *args: Any, kernels: CPUKernels) -> None:
         super().__init__(*args)
@@ -25,32 +23,31 @@ class CPUJudge(Judge):
         scorer, alike = policy.scorer, type(candidates) is Candidates and policy.group_layers == 1
         if not alike or type(scorer) is not AttentionScorer or window is None:
             return super().scores(policy, candidates, window)
-        return self._score(scorer, candidates, window.layers(self._pool.num_heads), window)
-
-    def _own_saliency(
-        self, propagator: Propagator, candidates: Candidates, layer: int, window: QueryWindow
-    ) -> Tensor:
-        if type(propagator) is not AttentionPropagator:
-            return super()._own_saliency(propagator, candidates, layer, window)
-        return self._score_layer(propagator.scorer(), candidates, layer, window).sum(dim=0)
-
-    def _score_layer(
-        self, scorer: Scorer, candidates: Candidates, layer: int, window: QueryWindow | None
-    ) -> Tensor:
-        if type(scorer) is not AttentionScorer or window is None:
-            return super()._score_layer(scorer, candidates, layer, window)
-        queries = window.layer(layer, self._pool.num_heads)
-        return self._score(scorer, candidates.as_one_layer(), queries[None], window)[0]
-
-    def _score(
-        self, scorer: AttentionScorer, candidates: Candidates, queries: Tensor, window: QueryWindow
-    ) -> Tensor:
         return self._kernels.score(
             scorer,
-            queries,
+            window.layers(self._pool.num_heads),
             window.positions(),
             candidates.pages,
             candidates.valid,
             candidates.positions,
             self._scale,
         )
+
+    def _attention(
+        self,
+        scorer: AttentionScorer,
+        candidates: Candidates,
+        pages: Tensor,
+        queries: Tensor,
+        window: QueryWindow,
+    ) -> Tensor:
+        where, valid = candidates.positions, candidates.valid
+        return self._kernels.score(
+            scorer,
+            queries[None],
+            window.positions(),
+            pages[None],
+            None if valid is None else valid[None],
+            where if where.dim() == 1 else where[None],
+            self._scale,
+        )[0]

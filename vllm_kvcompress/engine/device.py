@@ -90,7 +90,7 @@ class HeadPathBuilder:
         slots = async_tensor_h2d(slots_of.astype(np.int32), device=device)
         heads = self._heads(view, common, slots, blocks, seq_lens, where)
         step = DeviceStep(heads, len(rows) == common.num_reqs, captures)
-        return step, stubbed(common, where.rows)
+        return step, stubbed(common, where)
 
     def _heads(
         self,

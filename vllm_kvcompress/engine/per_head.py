@@ -2,10 +2,10 @@
 
 from typing import Any
 
-from torch import Tensor
 from vllm.v1.attention.backend import CommonAttentionMetadata
 from vllm.v1.kv_cache_interface import AttentionSpec, KVCacheLayout
 
+from vllm_kvcompress.engine.batch import Sequences
 from vllm_kvcompress.paging.pool import PagePool
 from vllm_kvcompress.paging.spec import per_head_spec
 
@@ -48,8 +48,6 @@ class PerHeadImpl:
         self.pool, self.pool_layer = pool, pool_layer
 
 
-def stubbed(common: CommonAttentionMetadata, rows: Tensor) -> CommonAttentionMetadata:
+def stubbed(common: CommonAttentionMetadata, where: Sequences) -> CommonAttentionMetadata:
     """The batch with sequence lengths that let vLLM's kernel pass quickly over some rows."""
-    starts = common.query_start_loc
-    counts = (starts[rows + 1] - starts[rows]).to(common.seq_lens.dtype)
-    return common.replace(seq_lens=common.seq_lens.index_copy(0, rows, counts))
+    return common.replace(seq_lens=common.seq_lens.index_copy(0, where.rows, where.counts))

@@ -87,6 +87,8 @@ class _PerHead(Scheduler):
         num_new_tokens = super()._reserve_prefill_lookahead(
             request, num_computed_tokens, num_new_tokens
         )
+        if self.per_head.is_left_alone(request.request_id):
+            return num_new_tokens
         processed = num_computed_tokens - request.num_in_flight_tokens
         waits = self.per_head.is_compressing(request.request_id, processed)
         if waits:

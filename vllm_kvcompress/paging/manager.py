@@ -48,6 +48,12 @@ class Compression:
     settled: bool = True
     propagated: bool = False
 
+    @property
+    def over(self) -> bool:
+        """Nothing will happen to the request any more unless it starts again."""
+        propagates = self.plan.tsp_tokens is not None and not self.propagated
+        return self.settled and self.next_point is None and not propagates
+
     def restart(self) -> None:
         """The request holds nothing any more; if it runs again, it begins at its first point."""
         self.arenas, self.in_transit, self.settled, self.propagated = [], False, True, False
@@ -82,6 +88,11 @@ class PerHeadManager(FullAttentionManager):
         """Computed tokens at which the request's next arena is due."""
         compression = self._compressions.get(request_id)
         return compression.next_point if compression else None
+
+    def is_left_alone(self, request_id: str) -> bool:
+        """Whether the request goes on as in plain vLLM, whatever it was before."""
+        compression = self._compressions.get(request_id)
+        return compression is None or compression.over
 
     def is_compressing(self, request_id: str, processed_computed_tokens: int) -> bool:
         """Whether a step that compresses this request is still in flight."""
@@ -162,10 +173,11 @@ class PerHeadManager(FullAttentionManager):
     ) -> list[KVCacheBlock]:
         blocks = super().allocate_new_blocks(request_id, num_tokens, num_tokens_main_model)
         compression = self._compressions.get(request_id)
-        if compression is not None:
-            self._note_prompt(request_id, compression, num_tokens)
-            self._note_window(request_id, compression, num_tokens)
-        if compression is None or num_tokens != compression.next_point:
+        if compression is None or compression.over:
+            return blocks
+        self._note_prompt(request_id, compression, num_tokens)
+        self._note_window(request_id, compression, num_tokens)
+        if num_tokens != compression.next_point:
             return blocks
         arena = Arena(num_tokens, self.block_pool.get_new_blocks(compression.plan.arena_blocks))
         self.req_to_blocks[request_id].extend(arena.blocks)
@@ -217,9 +229,11 @@ class PerHeadManager(FullAttentionManager):
     def cache_blocks(self, request: Request, num_tokens: int, *args: Any, **kwargs: Any) -> None:
         """Publish for prefix caching what the request's plan lets others use."""
         compression = self._compressions.get(request.request_id)
-        limit = compression.plan.publish_limit_tokens() if compression else None
-        if limit is not None:
-            num_tokens = min(num_tokens, limit)
+        if compression is not None:
+            if compression.over:  # all of it was published before
+                return
+            limit = compression.plan.publish_limit_tokens()
+            num_tokens = num_tokens if limit is None else min(num_tokens, limit)
         super().cache_blocks(request, num_tokens, *args, **kwargs)
 
     def pop_blocks_for_free(self, request_id: str) -> list[KVCacheBlock]:

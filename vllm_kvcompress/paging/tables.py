@@ -6,7 +6,7 @@ Slots are dense: `0 .. len(self)`. A layer's slice of the first R slots is the b
 `R*H` sequences with one KV head each, without a copy.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable
 
 import numpy as np
 import torch
@@ -21,6 +21,7 @@ class PageTables:
     """Per-head block tables of the compressed requests of one worker.
 
     `tables` int32 `[L, slots, H, width]`, `kept` int32 `[L, slots, H]` tokens in the arena.
+    `version` changes whenever a request gets, loses or changes its slot.
     """
 
     def __init__(self, pool: PagePool) -> None:
@@ -30,6 +31,7 @@ class PageTables:
         self.kept = torch.zeros(shape, dtype=torch.int32)
         self._pages = torch.zeros(shape, dtype=torch.int64)  # arena pages per head
         self._most_pages = np.zeros(0, dtype=np.int64)  # of any head
+        self.version = 0
         self._requests: list[str] = []
         self._slots: dict[str, int] = {}
         self._tail_start = np.zeros(0, dtype=np.int64)  # tokens before each slot's tail
@@ -59,6 +61,7 @@ class PageTables:
         """
         slot = self._slots.get(request_id)
         if slot is None:
+            self.version += 1
             slot = len(self._requests)
             self._requests.append(request_id)
             self._slots[request_id] = slot
@@ -100,6 +103,7 @@ class PageTables:
         hole = self._slots.pop(request_id, None)
         if hole is None:
             return
+        self.version += 1
         last = len(self._requests) - 1
         moved = self._requests.pop()
         if hole != last:
@@ -110,13 +114,15 @@ class PageTables:
             for column in (self._most_pages, self._tail_start, self._tail_blocks):
                 column[hole] = column[last]
 
-    def extend(self, slots: np.ndarray, ends: np.ndarray, block_ids: Sequence[list[int]]) -> Tensor:
+    def extend(
+        self, slots: np.ndarray, ends: np.ndarray, block_ids: Callable[[int], list[int]]
+    ) -> Tensor:
         """Enter the tail blocks that positions `0 .. ends` need; returns the tail's tokens.
 
         Args:
             slots: int64 `[R]`.
             ends: int64 `[R]` tokens computed once this step is done.
-            block_ids: each request's natural block ids.
+            block_ids: natural block ids of the r-th request, asked where it needs more.
 
         Returns:
             int32 `[R]` tail tokens per request.
@@ -133,7 +139,7 @@ class PageTables:
             first = int(self._tail_start[slots[row]]) // page_tokens
             new_slots += [int(slots[row])] * (want - have)
             new_columns += range(have, want)
-            new_blocks += block_ids[row][first + have : first + want]
+            new_blocks += block_ids(int(row))[first + have : first + want]
         if new_slots:
             self._tail_blocks[slots] = np.maximum(entered, needed)
             self._enter(new_slots, new_columns, new_blocks)
