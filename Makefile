@@ -31,7 +31,7 @@ install: $(INSTALLED)
 $(INSTALLED): pyproject.toml setup.py requirements/cpu.lock requirements/dev.lock \
 		tools/install.py tools/quiet_pip.py tools/vllm_metadata.py \
 		$(wildcard benchmarks/__init__.py configs/__init__.py kernels/__init__.py) \
-		$(wildcard csrc/*.cpp csrc/codec/*)
+		$(wildcard csrc/*.cpp csrc/codec/* csrc/cpu/*)
 	@test -n "$(PYTHON)" || { echo "Python 3.11 to 3.14 is needed: make PYTHON=/path/to/python3.12"; exit 1; }
 	@$(PYTHON) tools/install.py --venv $(VENV)
 	@touch $@

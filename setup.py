@@ -1,4 +1,4 @@
-"""Which folders of the repository become which packages, and the codec's C++; all else is in
+"""Which folders of the repository become which packages, and what is C++ in them; all else is in
 pyproject.toml."""
 
 import os
@@ -26,17 +26,31 @@ package_dir["vllm_kvcompress.csrc"] = "csrc"
 packages.append("vllm_kvcompress.csrc")
 CUDA_SOURCES = ["launch.cuh", "pages/*.[ch]*", "codec/*.cu", "codec/*.cuh", "codec/*.h"]
 
-CODEC = "vllm_kvcompress.transport._codec"
+FLAGS = ["-std=c++17", "-O3", "-fvisibility=hidden", "-fno-strict-aliasing", "-Wno-psabi"]
+LINKED = ["-pthread", "-ldl"] if platform.system() == "Linux" else []
 
 
-class BuildCodec(build_ext):
-    """The codec is optional: without a C++17 compiler everything else installs and works."""
+def compiled(name, bindings, folder, *flags):
+    sources = map(str, sorted(Path(folder).glob("*.cpp")))
+    return Extension(
+        f"vllm_kvcompress.{name}",
+        optional=True,
+        sources=[bindings, *(source for source in sources if source != bindings)],
+        depends=[str(path) for path in sorted(Path("csrc").rglob("*.[hi]*"))],
+        language="c++",
+        extra_compile_args=[*FLAGS, *flags],
+        extra_link_args=LINKED,
+    )
+
+
+class BuildOptional(build_ext):
+    """The C++ is optional: without a C++17 compiler everything else installs and works."""
 
     def run(self):
         try:
             super().run()
         except Exception as error:
-            print(f"vllm-kvcompress: CacheGen's codec was not built: {error}", file=sys.stderr)
+            print(f"vllm-kvcompress: the C++ parts were not built: {error}", file=sys.stderr)
 
     def build_extension(self, extension):
         import nanobind
@@ -47,19 +61,14 @@ class BuildCodec(build_ext):
         super().build_extension(extension)
 
 
-extension = Extension(
-    CODEC,
-    optional=True,
-    sources=["csrc/bindings.cpp", *map(str, sorted(Path("csrc/codec").glob("*.cpp")))],
-    depends=[str(path) for path in sorted(Path("csrc").rglob("*.[hi]*"))],
-    language="c++",
+EXTENSIONS = [
     # No fused multiply-adds: every instruction set has to give the same bytes.
-    extra_compile_args=[
-        *("-std=c++17", "-O3", "-fvisibility=hidden", "-ffp-contract=off"),
-        *("-fno-strict-aliasing", "-Wno-psabi", "-Wno-maybe-uninitialized"),
-    ],
-    extra_link_args=["-pthread"] if platform.system() == "Linux" else [],
-)
+    compiled(
+        *("transport._codec", "csrc/bindings.cpp", "csrc/codec"),
+        *("-ffp-contract=off", "-Wno-maybe-uninitialized"),
+    ),
+    compiled("engine._cpu", "csrc/cpu/bindings.cpp", "csrc/cpu", "-ffp-contract=fast"),
+]
 
 setup(
     packages=packages,
@@ -73,6 +82,6 @@ setup(
         "vllm_kvcompress.policy": ["*.json"],
         "vllm_kvcompress.transport": ["codebook.safetensors"],
     },
-    ext_modules=[extension],
-    cmdclass={"build_ext": BuildCodec},
+    ext_modules=EXTENSIONS,
+    cmdclass={"build_ext": BuildOptional},
 )

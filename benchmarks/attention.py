@@ -1,10 +1,6 @@
-"""Decode attention alone: head by head over arenas, against dense attention, in the same kernel.
-
-python benchmarks/attention.py --shapes demo 8b --requests 1 8 --tokens 1024 8192
-"""
+"""Decode attention alone: head by head over arenas, against dense attention, in the same kernel."""
 
 import os
-import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from math import ceil
@@ -13,7 +9,6 @@ from time import perf_counter
 from typing import Annotated, Any
 
 import typer
-from rich.console import Console
 
 from vllm_kvcompress.bench.attention_step import (
     SHAPES,
@@ -30,8 +25,8 @@ from vllm_kvcompress.bench.harness import Summary, Verdict, cpu_model, paired_ra
 from vllm_kvcompress.bench.options import MOST_SEED, ListCommand, Threads
 from vllm_kvcompress.bench.progress import progress_bar
 from vllm_kvcompress.bench.table import Table
+from vllm_kvcompress.bench.terminal import conclude, show_results, terminal
 
-REPORT_WIDTH = 110
 DENSE = "dense"
 AS_MANY = 0.5
 COLUMNS = ("requests x tokens", "rate", "KVs", "us", "GB/s", "dense us", "x dense", "x plain")
@@ -206,6 +201,8 @@ def main(
 
     Pages are dealt out to the heads by log-normal weights (`--spread`). Contexts that fit a cache
     level, or steps of few requests, are bound by fixed costs: expect less than the rate there.
+
+    Example: `vllm-kvcompress bench attention --shapes 8b --requests 1 8 --tokens 8192 --rates 2 8`
     """
     threads = threads or len(os.sched_getaffinity(0))
     prepare(threads)
@@ -219,7 +216,7 @@ def main(
         for n in sorted(set(tokens or [1024, 4096]))
     ]
     wanted = sorted(set(rates or [1, 2, 8]))
-    console = Console(width=None if sys.stdout.isatty() else REPORT_WIDTH)
+    console = terminal()
     todo = []
     for name in chosen:
         for point in points:
@@ -243,11 +240,7 @@ def main(
             results.setdefault(name, []).append(Measured(point, samples, kvs))
     tables = [table(SHAPES[name], measured, repeats) for name, measured in results.items()]
     judged = verdicts(results)
-    for one in tables:
-        console.print(one.rich())
-    for verdict in judged:
-        if not verdict.met:
-            console.print(verdict.text(), highlight=False)
+    show_results(console, tables, judged)
     caption = f"{threads} thread(s) of {cpu_model()}; median of {repeats} turns"
     picture = json.with_suffix(".png")
     plot(results, picture, caption)
@@ -266,9 +259,7 @@ def main(
             for name, measured in results.items()
         },
     )
-    console.print(f"written: {json}, {picture}", highlight=False)
-    if not all(verdict.met for verdict in judged):
-        raise typer.Exit(1)
+    conclude(console, [json, picture], judged)
 
 
 if __name__ == "__main__":

@@ -1,7 +1,6 @@
 """How fast and how small the KV codec is, beside zstd and LMCache's CacheGen codec for CPUs."""
 
 import os
-import sys
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field
@@ -12,7 +11,6 @@ from typing import Annotated, NamedTuple
 import numpy as np
 import typer
 import zstandard
-from rich.console import Console
 from rich.progress import track
 
 from vllm_kvcompress.bench import charts, codec_sizes
@@ -22,12 +20,12 @@ from vllm_kvcompress.bench.harness import Summary, Verdict, paired_ratio, write_
 from vllm_kvcompress.bench.lmcache_process import Lmcache, LmcacheFailed, default_bins
 from vllm_kvcompress.bench.options import existing_model
 from vllm_kvcompress.bench.table import Table
+from vllm_kvcompress.bench.terminal import show_results, terminal
 from vllm_kvcompress.transport.chunks import ChunkCodec
 from vllm_kvcompress.transport.codec import as_bits, instruction_sets
 from vllm_kvcompress.transport.levels import DEFAULT_LEVEL, LEVELS
 from vllm_kvcompress.transport.sample import CannotSample, sample
 
-REPORT_WIDTH = 110
 HEAD_SIZE = 128
 MOST_VALUES = 1 << 28  # of the synthetic input's K; with V, and as float32, 2 GiB
 TIMES_LMCACHE, SHARE_OF_LMCACHE = 30, 0.65
@@ -280,6 +278,8 @@ def main(
     Codecs take turns in every round: each instruction set of this machine on one thread, the best
     on more; zstd on the raw bytes; LMCache's if given. Sizes are at equal error: root mean square
     of every layer's K and V at most the published quantiser's.
+
+    Example: `vllm-kvcompress bench codec --json results/codec.json --plot results/codec.png`
     """
     if layers * tokens * channels > MOST_VALUES:
         raise typer.BadParameter(
@@ -296,7 +296,6 @@ def main(
         Input(f"real, {real.kv.shape[3]} channels", real.kv, real.heads),
         Input(f"8B-like, {channels} channels", made, max(1, channels // HEAD_SIZE)),
     ]
-    console = Console(width=None if sys.stdout.isatty() else REPORT_WIDTH)
     tables, verdicts, named, report = [], [], [], {}
     with ExitStack() as stack:
         try:
@@ -313,10 +312,7 @@ def main(
                 }
         except LmcacheFailed as error:
             raise typer.BadParameter(str(error), param_hint="--lmcache-python") from None
-    for table in tables:
-        console.print(table.rich())
-    for verdict in verdicts:
-        console.print(verdict.text(), highlight=False)
+    show_results(terminal(), tables, verdicts)
     if plot:
         draw(named, plot)
     if json:

@@ -3,7 +3,6 @@
 python benchmarks/codec_quality.py --prompts 300 --json codec-quality.json --plot codec-quality.png
 """
 
-import sys
 from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass, field
@@ -14,7 +13,6 @@ from typing import Annotated, Any
 import numpy as np
 import torch
 import typer
-from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 from transformers import DynamicCache
@@ -25,6 +23,7 @@ from vllm_kvcompress.bench.demo_model.language import many_facts_task, needle_ta
 from vllm_kvcompress.bench.harness import write_report
 from vllm_kvcompress.bench.lmcache_process import Lmcache
 from vllm_kvcompress.bench.options import BenchCommand
+from vllm_kvcompress.bench.terminal import terminal
 from vllm_kvcompress.transport.chunks import ChunkCodec
 from vllm_kvcompress.transport.codec import as_bits, as_floats
 from vllm_kvcompress.transport.levels import (
@@ -40,7 +39,6 @@ from vllm_kvcompress.transport.profile import Profile
 
 DEMO_MODEL = Path(__file__).resolve().parent.parent / "vllm_kvcompress/demo_model"
 DTYPE = "bfloat16"
-REPORT_WIDTH = 110
 LMCACHE_EVERY = 10  # it is slow, and sizes hardly differ
 COARSE = Step(0.3, 0.7)  # where the published bins' smallest size is
 
@@ -260,7 +258,7 @@ def main(
             *(way.name, f"{bits:.2f}", f"{16 / bits:.2f}", f"{np.mean(way.kl):.5f}"),
             *(str(way.right), f"{way.right / max(full_right, 1):.1%}"),
         )
-    Console(width=None if sys.stdout.isatty() else REPORT_WIDTH).print(table)
+    terminal().print(table)
     if plot:
         draw(all_ways, full_right, plot)
     if json:

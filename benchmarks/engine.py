@@ -136,7 +136,6 @@ class Round:
     decode_tokens: int = 0
     prompt_tokens: int = 0
     output_tokens: int = 0
-    recomputed_tokens: int = 0
     preemptions: int = 0
     peak_running: int = 0
     peak_blocks: int = 0
@@ -182,9 +181,7 @@ def run(llm: Any, work: Workload, trace: bool = False) -> Round:
         _step_to_end(llm, done, scheduled, answers, trace)
         done.wall_s = time.perf_counter() - began
         done.cpu_s = time.process_time() - began_cpu
-    computed = sum(step.total_num_scheduled_tokens for step in scheduled)
     done.output_tokens = sum(map(len, answers.values()))
-    done.recomputed_tokens = computed - (done.prompt_tokens + done.output_tokens - work.prompts)
     in_order = sorted(answers, key=lambda request_id: int(request_id.split("-")[0]))
     tokens = [list(answers[request_id]) for request_id in in_order]
     done.digest = hashlib.sha256(repr(tokens).encode()).hexdigest()[:16]
@@ -224,10 +221,6 @@ def _step_to_end(
 
 def scheduler_of(llm: Any) -> Any:
     return llm.llm_engine.engine_core.engine_core.scheduler
-
-
-def worker_of(llm: Any) -> Any:
-    return llm.llm_engine.model_executor.driver_worker.worker
 
 
 @contextmanager

@@ -1,7 +1,4 @@
-"""When the first token comes, beside what floating-point operations say.
-
-python benchmarks/prefill.py --prompt-tokens 1024 4096 --presets fastkv tsp
-"""
+"""When the first token comes, beside what floating-point operations say."""
 
 import json as jsonlib
 import os
@@ -14,7 +11,6 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.console import Console
 
 from vllm_kvcompress.bench.charts import (
     COLOURS,
@@ -35,11 +31,11 @@ from vllm_kvcompress.bench.overhead import COMPRESSION, PROPAGATION, Step, compr
 from vllm_kvcompress.bench.process import LineProcess, ProcessEnded
 from vllm_kvcompress.bench.progress import progress_bar
 from vllm_kvcompress.bench.table import Table
+from vllm_kvcompress.bench.terminal import conclude, show_results, terminal
 from vllm_kvcompress.bench.throughput import Grid, measure
 from vllm_kvcompress.bench.variants import COMPRESSING, PLAIN, Variant, variants
 from vllm_kvcompress.presets import shipped_presets
 
-REPORT_WIDTH = 110
 SAME_WORK, LONGEST = 0.9, 0.8
 OF_PREDICTED, FLAT = 0.95, 0.95
 COMPUTE_BOUND_TOKENS = 4096  # predictions are judged from here on
@@ -269,7 +265,8 @@ def main(
     model: Annotated[
         str | None,
         typer.Option(
-            callback=existing_model, help="A model folder or name, not a Llama without weights."
+            callback=existing_model,
+            help="A model folder or Hugging Face id; default: a Llama of random weights.",
         ),
     ] = None,
     layers: Annotated[int, typer.Option(help="Layers of that Llama.", min=2)] = 8,
@@ -303,6 +300,8 @@ def main(
     Exit code 1 where `off` prompts take longer than plain vLLM's, the longest compressed ones more
     than 1.25 times as long, or, from 4,096 tokens on, propagated ones gain less than 95 % of what
     FLOPs say or not the same at every budget of the cache.
+
+    Example: `vllm-kvcompress bench prefill --prompt-tokens 1024 4096 --presets fastkv tsp`
     """
     threads = 1 if cpu_time else threads or len(os.sched_getaffinity(0))
     lengths = sorted(set(prompt_tokens or [1024, 2048, 4096]))
@@ -336,12 +335,8 @@ def main(
         prediction = Prediction.of(decoder, plain_s)
     shown = table(rows, grid, watched, prediction, rounds)
     judged = verdicts(rows, grid, prediction)
-    console = Console(width=None if sys.stdout.isatty() else REPORT_WIDTH)
-    console.print(shown.rich())
-    missed = [verdict for verdict in judged if not verdict.met]
-    for verdict in missed:
-        console.print(verdict.text(), highlight=False)
-    console.print(f"{len(judged) - len(missed)} of {len(judged)} verdicts met", highlight=False)
+    console = terminal()
+    show_results(console, [shown], judged)
     picture = json.with_suffix(".png")
     of = model or f"a Llama of {layers} layers of width {hidden}, random weights"
     caption = (
@@ -379,9 +374,7 @@ def main(
             for point, samples in grid.samples.items()
         ],
     )
-    console.print(f"written: {json}, {picture}", highlight=False)
-    if missed:
-        raise typer.Exit(1)
+    conclude(console, [json, picture], judged)
 
 
 if __name__ == "__main__":

@@ -1,7 +1,4 @@
-"""What a store saves: the second server's first token of a context that the first one computed.
-
-python benchmarks/reuse.py --store redis://localhost:6379
-"""
+"""What a store saves: the second server's first token of a context that the first one computed."""
 
 import json as jsonlib
 import os
@@ -16,16 +13,16 @@ from typing import Annotated, Any
 
 import httpx
 import typer
-from rich.console import Console
 
 from vllm_kvcompress.bench.demo_model.language import many_facts_task
 from vllm_kvcompress.bench.engine import BLOCK_TOKENS, FIRST_WORD, MODEL, environment
 from vllm_kvcompress.bench.errors import BenchError
 from vllm_kvcompress.bench.flops import Decoder
-from vllm_kvcompress.bench.harness import Summary, Verdict, cpu_model, paired_ratio, write_report
+from vllm_kvcompress.bench.harness import Summary, Verdict, paired_ratio, write_report
 from vllm_kvcompress.bench.options import BenchCommand, Dtype, Hidden, Threads, existing_model
 from vllm_kvcompress.bench.progress import progress_bar
 from vllm_kvcompress.bench.table import Table
+from vllm_kvcompress.bench.terminal import conclude, show_results, terminal
 from vllm_kvcompress.bench.vllm_server import CannotStart, VllmServer
 
 OUTPUT_TOKENS = 16
@@ -233,7 +230,8 @@ def main(
     model: Annotated[
         str,
         typer.Option(
-            callback=existing_model, help="A folder or name, or `demo`; default: random weights."
+            callback=existing_model,
+            help="A model folder, Hugging Face id, or `demo`; default: random weights.",
         ),
     ] = "",
     layers: Annotated[int, typer.Option(help="Layers of the random weights.", min=2)] = 8,
@@ -258,6 +256,8 @@ def main(
     asked instead, and nothing else should be asked of them.
 
     Exit code 1 where loading takes more than half of recomputing, or says something else.
+
+    Example: `vllm-kvcompress bench reuse --model demo --store redis://localhost:6379`
     """
     threads = threads or len(os.sched_getaffinity(0))
     model = str(MODEL) if model == "demo" else model
@@ -309,11 +309,8 @@ def main(
         Verdict("first token, loaded over recomputed", ratio, AT_MOST, at_most=True),
         Verdict("answers as recomputed", same, 1),
     ]
-    console = Console()
-    for table in shown:
-        console.print(table.rich())
-    for verdict in judged:
-        console.print(verdict.text(), highlight=False)
+    console = terminal()
+    show_results(console, shown, judged)
     write_report(
         json,
         threads,
@@ -333,9 +330,7 @@ def main(
         verdicts=judged,
         rounds=[asdict(r) for r in done],
     )
-    console.print(f"written: {json}; {threads} thread(s) of {cpu_model()}", highlight=False)
-    if not all(verdict.met for verdict in judged):
-        raise typer.Exit(1)
+    conclude(console, [json], judged)
 
 
 if __name__ == "__main__":

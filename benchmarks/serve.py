@@ -1,11 +1,7 @@
-"""Latency and throughput over HTTP: vLLM's own `vllm bench serve`, against one server per row.
-
-python benchmarks/serve.py --rates 8 --request-rates 2 8 --goodput ttft:1000 tpot:100
-"""
+"""Latency and throughput over HTTP: vLLM's own `vllm bench serve`, against one server per row."""
 
 import os
 import shlex
-import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, field, replace
@@ -13,7 +9,6 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from rich.console import Console
 
 from vllm_kvcompress.bench.engine import BLOCK_TOKENS, MODEL, environment
 from vllm_kvcompress.bench.errors import BenchError
@@ -23,11 +18,11 @@ from vllm_kvcompress.bench.process import ProcessEnded
 from vllm_kvcompress.bench.progress import progress_bar
 from vllm_kvcompress.bench.serve_client import BenchFailed, Load, Run, Target, look, run
 from vllm_kvcompress.bench.serve_report import plot, tables, verdicts
+from vllm_kvcompress.bench.terminal import conclude, show_results, terminal
 from vllm_kvcompress.bench.variants import ALL_OFF, Engine, Variant, variants
 from vllm_kvcompress.bench.vllm_server import VLLM, CannotStart, VllmServer, free_port
 
-REPORT_WIDTH = 110
-WIDE = {"float32": 4, "float": 4}  # bytes per cache element; all other dtypes take two
+FP8_BLOCKS = {"float32": 4}  # in the bytes of one block; other dtypes take two bytes an element
 
 
 @dataclass
@@ -68,7 +63,7 @@ class Serve:
     def arguments(self, engine: Engine) -> list[str]:
         blocks = self.cache_blocks
         if engine.kv_cache_dtype == "fp8":
-            blocks *= WIDE.get(self.dtype, 2)
+            blocks *= FP8_BLOCKS.get(self.dtype, 2)
         out = [self.model, "--dtype", self.dtype, "--max-model-len", str(self.max_model_len)]
         out += ["--block-size", str(BLOCK_TOKENS), "--num-gpu-blocks-override", str(blocks + 1)]
         out += ["--max-num-seqs", str(self.max_seqs)]
@@ -210,7 +205,7 @@ def main(
     off: Annotated[bool, typer.Option(help="A row with kv-compress on, requests off.")] = True,
     threads: Threads = 0,
     model: Annotated[
-        str, typer.Option(help="A model folder or name; with --url the served name.")
+        str, typer.Option(help="A model folder or Hugging Face id; with --url the served name.")
     ] = "",
     dtype: Dtype = "float32",
     eager: Annotated[bool, typer.Option(help="Without torch.compile.")] = False,
@@ -241,6 +236,8 @@ def main(
     earlier. At request rates that plain vLLM serves without a queue expect no difference in TTFT
     and TPOT of 1 or slightly more. Exit code 1 where `off` requests get less than 0.8 of plain
     vLLM's tokens/s, or others less than half.
+
+    Example: `vllm-kvcompress bench serve --rates 8 --request-rates 8 --goodput ttft:1000 tpot:100`
     """
     threads = threads or len(os.sched_getaffinity(0))
     if not url:
@@ -310,13 +307,8 @@ def main(
         )
 
     shown, judged = tables(rows, samples, loads[0], refused, rounds), verdicts(rows, samples)
-    console = Console(width=None if sys.stdout.isatty() else REPORT_WIDTH)
-    for one in shown:
-        console.print(one.rich())
-    missed = [verdict for verdict in judged if not verdict.met]
-    for verdict in missed:
-        console.print(verdict.text(), highlight=False)
-    console.print(f"{len(judged) - len(missed)} of {len(judged)} verdicts met", highlight=False)
+    console = terminal()
+    show_results(console, shown, judged)
     picture = json.with_suffix(".png")
     where = f"server at {url}" if url else f"{threads} thread(s) of {cpu_model()}"
     plot(
@@ -343,9 +335,7 @@ def main(
             for rate, o in samples.items()
         ],
     )
-    console.print(f"written: {json}, {picture}", highlight=False)
-    if missed:
-        raise typer.Exit(1)
+    conclude(console, [json, picture], judged)
 
 
 def _running(url: str, model: str, tokenizer: str, api_key: str) -> Target:

@@ -1,7 +1,4 @@
-"""The streaming policy at work: which levels it takes on a line whose bandwidth steps.
-
-python benchmarks/stream.py --gbps 2 0.2 1 --targets 500 700 1000
-"""
+"""The streaming policy at work: which levels it takes on a line whose bandwidth steps."""
 
 import json as jsonlib
 import os
@@ -14,7 +11,6 @@ from typing import Annotated, Any
 
 import httpx
 import typer
-from rich.console import Console
 
 from vllm_kvcompress.bench.charts import COLOURS, panels, save
 from vllm_kvcompress.bench.engine import BLOCK_TOKENS, environment
@@ -25,6 +21,7 @@ from vllm_kvcompress.bench.options import Hidden, ListCommand, Threads
 from vllm_kvcompress.bench.progress import progress_bar
 from vllm_kvcompress.bench.reuse import STATS, Client, contexts
 from vllm_kvcompress.bench.table import Table
+from vllm_kvcompress.bench.terminal import conclude, show_results, terminal
 from vllm_kvcompress.bench.vllm_server import CannotStart, VllmServer
 
 LEVELS = (1, 2, 3, 4)
@@ -32,6 +29,7 @@ LEVEL_COLOURS = dict(zip(LEVELS, COLOURS, strict=False))
 LANES = {"fetch": 2, "decode": 1, "compute": 0}
 NARROW = 0.012  # of the whole time; a thinner bar has no number
 REST_S = 1.5  # the throttled line then begins with its first rate
+DRAWN = 4  # requests of a running server
 COLUMNS = ("asked for", "first token ms", "levels of the chunks")
 Timeline = Mapping[str, Any]
 
@@ -90,6 +88,24 @@ def verdicts(fixed: Mapping[int, float], met: Mapping[float, float]) -> list[Ver
     ]
 
 
+def last_timelines(url: str, api_key: str) -> list[Timeline]:
+    """Of the last requests that a running server has loaded for.
+
+    Raises:
+        typer.BadParameter: no server with a store answers there.
+        BenchError: it has loaded nothing yet.
+    """
+    headers = {"Authorization": f"Bearer {api_key}"} if api_key else {}
+    try:
+        answer = httpx.get(url.rstrip("/") + STATS, headers=headers).raise_for_status()
+    except (httpx.HTTPError, httpx.InvalidURL) as error:
+        raise typer.BadParameter(f"no figures of a store from {url}: {error}") from None
+    told: list[Timeline] = answer.json().get("cachegen_timelines") or []
+    if not told:
+        raise BenchError("this server has loaded nothing yet")
+    return told[-DRAWN:]
+
+
 app = typer.Typer(add_completion=False, rich_markup_mode="markdown")
 
 
@@ -123,23 +139,14 @@ def main(
     requests.
 
     Exit code 1 where a target is missed that some fixed level meets.
+
+    Example: `vllm-kvcompress bench stream --gbps 2 0.2 1 --targets 500 700 1000`
     """
-    threads, console, picture = (
-        threads or len(os.sched_getaffinity(0)),
-        Console(),
-        json.with_suffix(".png"),
-    )
+    threads = threads or len(os.sched_getaffinity(0))
+    console, picture = terminal(), json.with_suffix(".png")
     if url:
-        headers = {"Authorization": f"Bearer {api_key}"} if api_key else {}
-        try:
-            answer = httpx.get(url.rstrip("/") + STATS, headers=headers).raise_for_status()
-        except (httpx.HTTPError, httpx.InvalidURL) as error:
-            raise typer.BadParameter(f"no figures of a store from {url}: {error}") from None
-        stats = answer.json()
-        if not (told := stats.get("cachegen_timelines")):
-            raise BenchError("this server has loaded nothing yet")
-        plot(told[-4:], picture, f"the last requests loaded by {url}")
-        console.print(f"written: {picture}", highlight=False)
+        plot(last_timelines(url, api_key), picture, f"the last requests loaded by {url}")
+        conclude(console, [picture], ())
         return
     rates, wanted = gbps or [2, 0.2, 1], targets or [500, 700, 1000]
     timelines: dict[float, Timeline] = {}
@@ -192,9 +199,7 @@ def main(
         {level: t["first_token_ms"] for level, t in fixed.items()},
         {target: t["first_token_ms"] for target, t in timelines.items()},
     )
-    console.print(shown.rich())
-    for verdict in judged:
-        console.print(verdict.text(), highlight=False)
+    show_results(console, [shown], judged)
     caption = f"{note} {threads} thread(s) of {cpu_model()}"
     plot(list(timelines.values()), picture, caption)
     write_report(
@@ -215,9 +220,7 @@ def main(
         fixed=fixed,
         timelines=list(timelines.values()),
     )
-    console.print(f"written: {json}, {picture}", highlight=False)
-    if not all(verdict.met for verdict in judged):
-        raise typer.Exit(1)
+    conclude(console, [json, picture], judged)
 
 
 if __name__ == "__main__":

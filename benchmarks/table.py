@@ -33,14 +33,6 @@ class Table:
             out.add_row(*row)
         return out
 
-    def markdown(self) -> str:
-        def line(cells: Sequence[str]) -> str:
-            return "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |"
-
-        rule = "|---|" + "---:|" * (len(self.columns) - 1)
-        body = "\n".join([line(self.columns), rule, *map(line, self.rows)])
-        return f"**{self.title}**\n\n{body}" + (f"\n\n{self.note}" if self.note else "")
-
     def write_csv(self, path: Path) -> None:
         with path.open("w", newline="") as file:
             csv.writer(file).writerows([self.columns, *self.rows])

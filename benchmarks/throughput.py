@@ -1,17 +1,12 @@
-"""Tokens per second of plain vLLM and of this project, in the same cache, in one run.
-
-python benchmarks/throughput.py --rates 2 8 --prompts 4 16 --prompt-tokens 512 2048
-"""
+"""Tokens per second of plain vLLM and of this project, in the same cache, in one run."""
 
 import os
-import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from rich.console import Console
 
 from vllm_kvcompress.bench import crossover
 from vllm_kvcompress.bench.charts import COLOURS, PLAIN_COLOUR, panels, save
@@ -25,9 +20,9 @@ from vllm_kvcompress.bench.process import ProcessEnded
 from vllm_kvcompress.bench.progress import progress_bar
 from vllm_kvcompress.bench.promises import FIGURES, WORDS, ratio, read_baseline, verdicts
 from vllm_kvcompress.bench.table import Table
+from vllm_kvcompress.bench.terminal import conclude, show_results, terminal
 from vllm_kvcompress.bench.variants import FP8, PLAIN, Variant, started, variants
 
-REPORT_WIDTH = 110
 COLUMNS = ("row", "held", "running", "preempted", "decode tok/s", "x", "tok/s", "x plain")
 
 
@@ -260,6 +255,8 @@ def main(
     limits it. With short prompts, or a cache that holds all requests anyway, expect 1x or less.
 
     The verdicts judge ratios, never times: see docs/speed.md. Exit code 1 where one is missed.
+
+    Example: `vllm-kvcompress bench throughput --rates 2 8 --prompts 4 16 --prompt-tokens 512 2048`
     """
     threads = threads or len(os.sched_getaffinity(0))
     points = [Point(p, n) for n in prompt_tokens or [2048] for p in prompts or [16]]
@@ -298,15 +295,10 @@ def main(
     tables = [table(point, rows, grid, output_tokens, rounds) for point in grid.samples]
     tables += crossover.tables(ratios)
     judged = verdicts(grid.samples, rows, crowded, baseline)
-    console = Console(width=None if sys.stdout.isatty() else REPORT_WIDTH)
-    for one in tables:
-        console.print(one.rich())
+    console = terminal()
+    show_results(console, tables, judged)
     for line in _same_words(rows, grid):
         console.print(line, highlight=False)
-    missed = [verdict for verdict in judged if not verdict.met]
-    for verdict in missed:
-        console.print(verdict.text(), highlight=False)
-    console.print(f"{len(judged) - len(missed)} of {len(judged)} verdicts met", highlight=False)
 
     caption = (
         f"{output_tokens} outputs, cache for {hold} finished requests of the longest prompt "
@@ -333,9 +325,7 @@ def main(
         cache_bytes=grid.cache_bytes,
         points=[_point(point, rows, grid) for point in grid.samples],
     )
-    console.print(f"written: {', '.join(map(str, [json, *plots]))}", highlight=False)
-    if missed:
-        raise typer.Exit(1)
+    conclude(console, [json, *plots], judged)
 
 
 def _same_words(rows: Sequence[Variant], grid: Grid) -> list[str]:

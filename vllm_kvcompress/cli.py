@@ -90,6 +90,8 @@ def verify(
     """Send a long prompt with compression off and on, and show what was freed.
 
     Exit code 0: the server compressed it. 1: it did not. 2: no answer to judge by.
+
+    Example: `vllm-kvcompress verify --url http://localhost:8000 --preset snapkv --rate 4`
     """
     try:
         report = verify_server(
@@ -145,6 +147,8 @@ def build_cuda(
 
     Needs nvcc, but no GPU where --arch says for which. Takes a minute per architecture; what is
     built already is left as it is.
+
+    Example: `vllm-kvcompress build-cuda --arch sm_80 --arch sm_90 --in-package`
     """
     from vllm_kvcompress.kernels import library
 

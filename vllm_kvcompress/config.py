@@ -63,6 +63,9 @@ class EngineConfig(StrictModel):
     tsp_max_inflight_tokens: prompt tokens of all requests whose deep layers still wait for
         their last chunk; their hidden states take memory from the cache. None: the context
         length where the model allows TSP; 0: no TSP.
+    window_max_inflight_tokens: queries of all requests that are kept aside at once, until the
+        step that compresses; a request that would be one too many waits. None: what fits in
+        512 MiB, and at least the longest window of a preset.
     attention_engine: whose kernel reads compressed requests; "auto" takes the first of
         `ATTENTION_ENGINES` that runs here.
     kernels: which kernels of this package read and write pages on a GPU: Triton's, CUDA's, or,
@@ -77,6 +80,7 @@ class EngineConfig(StrictModel):
     cachegen: dict[str, Any] | None = None
     presets: dict[str, Preset] = Field(default_factory=dict)
     tsp_max_inflight_tokens: int | None = Field(default=None, ge=0, le=2**31)
+    window_max_inflight_tokens: int | None = Field(default=None, ge=1, le=2**31)
     attention_engine: AttentionEngineName = "auto"
     kernels: KernelsName = "auto"
     task_classifier: str | None = Field(default=None, min_length=1, max_length=1024)

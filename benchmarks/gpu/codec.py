@@ -1,13 +1,14 @@
 """CacheGen's codec on synthetic keys and values: the GPU's bytes beside the CPU's, and speeds."""
 
-from typing import Any
+from collections.abc import Iterator, Mapping
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from vllm_kvcompress.bench.gpu.ceilings import copy_bandwidth, seconds
-from vllm_kvcompress.bench.gpu.skipped import Skipped
+from vllm_kvcompress.bench.gpu.ceilings import copy_bandwidth, host_seconds, seconds
+from vllm_kvcompress.bench.gpu.row import Row
+from vllm_kvcompress.bench.gpu.skipped import Skipped, need_gpu
 from vllm_kvcompress.bench.gpu.where import DEVICE, REHEARSAL
 from vllm_kvcompress.kernels.library import cuda_library
 
@@ -15,8 +16,9 @@ LAYERS, TOKENS, CHANNELS, HEADS = (1, 64, 64, 4) if REHEARSAL else (32, 256, 102
 DTYPE, LEVEL = "bfloat16", 1
 
 
-def codec() -> dict[str, Any]:
+def codec(_: Mapping[str, float]) -> Iterator[Row]:
     """GB/s of raw bf16; a chunk of 256 tokens of an 8B model at a time."""
+    need_gpu()
     try:
         from vllm_kvcompress.transport.codec import CodecMissing, Encoded, SectionCodec
         from vllm_kvcompress.transport.cuda import CudaSectionCodec
@@ -25,36 +27,28 @@ def codec() -> dict[str, Any]:
         raise Skipped(f"a package is missing: {error}") from None
     values, steps = chunk(), plan(LEVEL, LAYERS)
     raw = values.numel() * 2
-    rows: list[dict[str, Any]] = []
     wanted: Encoded | None = None
     try:
         on_host, bits = SectionCodec(), values.view(torch.int16).numpy().view(np.uint16)
         wanted = on_host.encode(bits, DTYPE, steps, heads=HEADS)
-        took = seconds(lambda: on_host.encode(bits, DTYPE, steps, heads=HEADS), runs=3)
-        found = f"{raw / took / 1e9:.2f} GB/s encoded"
-        rows.append({"what": f"CPU, {on_host.isa}, 1 thread", "found": found})
+        took = host_seconds(lambda: on_host.encode(bits, DTYPE, steps, heads=HEADS))
+        yield Row(f"CPU, {on_host.isa}, 1 thread", f"{raw / took / 1e9:.2f} GB/s encoded")
     except CodecMissing as error:
-        rows.append({"what": "CPU", "found": f"not here: {error}"})
+        yield Row("CPU", f"not here: {error}")
     library = cuda_library()
     if library is None:
-        return {"rows": [*rows, {"what": "GPU", "found": "not here: no CUDA kernels"}]}
+        yield Row("GPU", "not here: no CUDA kernels")
+        return
     ours, there = CudaSectionCodec(library), values.view(torch.int16).to(DEVICE)
     coded, back = ours.encode(there, DTYPE, steps, heads=HEADS), torch.empty_like(there)
-    encode = seconds(lambda: ours.encode(there, DTYPE, steps, heads=HEADS))
-    decode = seconds(lambda: ours.decode(coded.data, coded.ends, coded.records, DTYPE, back))
-    rows.append(
-        {
-            "what": "GPU",
-            "found": f"{raw / encode / 1e9:.1f} / {raw / decode / 1e9:.1f} GB/s coded / decoded",
-            "bound": f"{copy_bandwidth() / 2e9:.0f} GB/s read",
-        }
-    )
     if wanted is not None:
         same = coded.data.cpu().numpy().tobytes() == b"".join(wanted.sections)
-        rows.append({"what": "the GPU's bytes are the CPU's", "found": str(same), "met": same})
-        if not same:
-            return {"state": "failed", "why": "the codecs' bytes differ", "rows": rows}
-    return {"rows": rows}
+        found = "the same bytes" if same else "other bytes"
+        yield Row("what GPU and CPU write", found, "the same", same)
+    encode = seconds(lambda: ours.encode(there, DTYPE, steps, heads=HEADS))
+    decode = seconds(lambda: ours.decode(coded.data, coded.ends, coded.records, DTYPE, back))
+    found = f"{raw / encode / 1e9:.1f} GB/s encoded, {raw / decode / 1e9:.1f} GB/s decoded"
+    yield Row("GPU, its waits for the host included", found, f"{copy_bandwidth() / 2e9:.0f} read")
 
 
 def chunk() -> Tensor:

@@ -114,6 +114,7 @@ def _torch() -> None:
         "default_stream": lambda *_: here,
         "stream": lambda *_: nullcontext(),
         "synchronize": nothing,
+        "_sleep": nothing,
         "empty_cache": nothing,
         "graph_pool_handle": lambda: (0, 0),
         "is_current_stream_capturing": capturing,

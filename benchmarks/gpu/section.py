@@ -1,65 +1,64 @@
-"""`python -m vllm_kvcompress.bench.gpu.section NAME`: run one section, print one line of JSON.
+"""`python -m vllm_kvcompress.bench.gpu.section NAME`: one section, in a process of its own.
 
-With KV_COMPRESS_REHEARSAL=1 on a GPU that is only pretended.
+It imports what it needs, waits for a line of JSON on stdin (figures of earlier sections, by name),
+and then says line by line in JSON what it found: `{"row": {...}}`, and at its end `{"state": ...}`,
+which is `ok`, `skipped` or `failed`. With KV_COMPRESS_REHEARSAL=1 on a GPU that is only pretended.
 """
 
 import json
 import os
 import sys
-from collections.abc import Callable
-from contextlib import redirect_stdout
-from functools import partial
+import traceback
+from collections.abc import Callable, Iterator, Mapping
 from importlib import import_module
 from typing import Any
 
-RATES = ("plain", 1, 8, 64)
-WITHOUT_VLLM = ("build", "kernels", "graphs", "codec")
-
-
-def _call(module: str, function: str, *args: Any) -> dict[str, Any]:
-    return getattr(import_module(f"vllm_kvcompress.bench.gpu.{module}"), function)(*args)
-
-
-# What each section runs, by name; a result has `rows` of what, found, bound and met.
-SECTIONS: dict[str, Callable[[], dict[str, Any]]] = {
-    "build": partial(_call, "kernels", "built"),
-    "kernels": partial(_call, "kernels", "against_float64"),
-    "graphs": partial(_call, "kernels", "replayed"),
-    "bandwidth": partial(_call, "speed", "decode_bandwidth"),
-    "identity": partial(_call, "engines", "identity"),
-    **{f"throughput-{r}": partial(_call, "throughput", "throughput", r) for r in RATES},
-    "ttft": partial(_call, "ttft", "ttft"),
-    "codec": partial(_call, "codec", "codec"),
+Figures = Mapping[str, float]
+# Each is a function in a module beside this one.
+SECTIONS = {
+    "machine": ("machine", "machine"),
+    "kernels": ("kernels", "against_float64"),
+    "graphs": ("kernels", "replayed"),
+    "identity": ("engines", "identity"),
+    "bandwidth": ("speed", "decode_bandwidth"),
+    "codec": ("codec", "codec"),
+    "plain": ("throughput", "plain"),
+    "compressed": ("throughput", "compressed"),
+    "flashinfer": ("speed", "flashinfer_bandwidth"),
 }
+WITHOUT_VLLM = ("machine", "kernels", "graphs", "codec")
 
 
-def run(name: str) -> dict[str, Any]:
+def messages(run: Callable[[Figures], Iterator[Any]], figures: Figures) -> Iterator[dict[str, Any]]:
+    """What a section says, its end included whatever happens."""
     from vllm_kvcompress.bench.gpu.skipped import Skipped
 
     try:
-        return {"state": "ok", **SECTIONS[name]()}
+        for row in run(figures):
+            yield {"row": row.as_json()}
     except Skipped as reason:
-        return {"state": "skipped", "why": str(reason)}
+        yield {"state": "skipped", "why": str(reason)}
     except Exception as error:
-        import traceback
-
-        why = f"{type(error).__name__}: {error}"[:300]
-        return {"state": "failed", "why": why, "stderr": traceback.format_exc()[-4000:]}
+        why = " ".join(f"{type(error).__name__}: {error}".split())[:300]
+        yield {"state": "failed", "why": why, "stderr": traceback.format_exc()[-4000:]}
+    else:
+        yield {"state": "ok"}
 
 
 def main(name: str) -> None:
+    report = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)  # what libraries print
     if os.environ.get("KV_COMPRESS_REHEARSAL") == "1":
         from vllm_kvcompress.bench.gpu.pretend import pretend
 
         pretend(engine=name not in WITHOUT_VLLM)
-    elif name == "kernels":
-        import torch
-
-        if not torch.cuda.is_available():
-            os.environ["TRITON_INTERPRET"] = "1"  # before Triton is imported
-    with redirect_stdout(sys.stderr):
-        result = run(name)
-    print(json.dumps(result))
+    if name not in WITHOUT_VLLM:
+        import_module("vllm.entrypoints.llm")
+    module, function = SECTIONS[name]
+    run = getattr(import_module(f"vllm_kvcompress.bench.gpu.{module}"), function)
+    if line := sys.stdin.readline():
+        for message in messages(run, json.loads(line)):
+            print(json.dumps(message), file=report, flush=True)
 
 
 if __name__ == "__main__":

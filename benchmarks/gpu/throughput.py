@@ -1,12 +1,18 @@
 """Tokens per second of an 8B shape in a cache of two uncompressed requests, and what they cost.
 
-The bound is a sum over the steps that were really scheduled: the prompts' operations at the rate of
-a matrix product; then for each step the held KVs, and for each that only decodes the weights, at
-the bandwidth of a copy. All ceilings are measured in the same process.
+The bound of a round's seconds, whatever the engine, from the steps that were really scheduled:
+
+    prompts * F / P  +  (sum over all steps of held blocks * block bytes
+                         + steps that only decode * weight bytes) / C
+
+with F operations of one prompt (multiply-adds counted twice, causal attention, the head for its
+last token), P those of a bf16 matrix product per second, C the bytes of a copy per second, read and
+written; both ceilings are measured in the same process. For the 8B shape at 6,144 tokens: F is
+95.7e12, weights are 15.0 GB, a block of 16 tokens is 2 MiB.
 """
 
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from statistics import median
@@ -14,13 +20,19 @@ from typing import Any
 
 from vllm_kvcompress.bench.engine import Workload, scheduler_of, watched
 from vllm_kvcompress.bench.flops import Decoder
+from vllm_kvcompress.bench.gpu import ttft
 from vllm_kvcompress.bench.gpu.ceilings import Ceilings
+from vllm_kvcompress.bench.gpu.engines import NO_AUTOTUNING
+from vllm_kvcompress.bench.gpu.row import Row, on_speed
 from vllm_kvcompress.bench.gpu.skipped import need_gpu
 from vllm_kvcompress.bench.gpu.where import REHEARSAL
 
-PLAIN = "plain"
-OF_MODEL, OF_PREFILL = 0.85, 0.02
+PRESET = "kv-compress-continual"
+OF_MODEL, OF_PLAIN = 0.85, 0.97
+RATE, OTHER_RATES = 8, (64, 1)  # in the order of their worth: rate 1 takes longest
+PRESETS = (ttft.OFF, PRESET, "fastkv", "tsp")
 PAGE_TOKENS = 16
+Knobs = Mapping[str, Any]
 
 
 @dataclass(frozen=True)
@@ -32,8 +44,12 @@ class Scale:
     few: int
     prompt_tokens: int
     said: int
-    long_prompt: int
+    first_tokens: tuple[int, ...]
     turns: int
+
+    @property
+    def longest(self) -> int:
+        return max(self.prompt_tokens + self.said, *self.first_tokens) + PAGE_TOKENS
 
     @property
     def cache_blocks(self) -> int:
@@ -54,7 +70,7 @@ class Scale:
 
     @property
     def graphs(self) -> dict[str, Any]:
-        sizes = [size for size in (1, 2, 4, 8, 12, 16, 24, 32) if size <= 2 * self.prompts]
+        sizes = [size for size in (1, 2, 4, 8, 12, 16) if size <= 2 * self.prompts]
         mode = {"mode": 0, "cudagraph_mode": "FULL_DECODE_ONLY"}
         return {**mode, "cudagraph_capture_sizes": sizes}
 
@@ -65,18 +81,19 @@ EIGHT_B = Scale(
     few=2,
     prompt_tokens=6144,
     said=500,
-    long_prompt=8192,
+    first_tokens=(4096, 8192),
     turns=5,
 )
 SMALL = Scale(
-    Decoder(2, 64, 128, 4, 2, 16, 600),
+    Decoder(4, 64, 128, 4, 2, 16, 600),
     prompts=2,
     few=1,
     prompt_tokens=160,
     said=40,
-    long_prompt=200,
+    first_tokens=(96, 200),
     turns=1,
 )
+SCALE = SMALL if REHEARSAL else EIGHT_B
 
 
 @dataclass
@@ -89,6 +106,10 @@ class Work:
     held_bytes: int = 0  # summed over the steps
     decode_steps: int = 0
 
+    @property
+    def tokens_s(self) -> float:
+        return self.tokens / self.seconds
+
     def allowed_s(self, scale: Scale, ceilings: Ceilings) -> float:
         """Seconds at the ceilings."""
         prompts = self.prompt_tokens // scale.prompt_tokens
@@ -97,31 +118,83 @@ class Work:
         return operations / ceilings.flops_s + moved / ceilings.bytes_s
 
 
-def throughput(rate: int | str, scale: Scale = SMALL if REHEARSAL else EIGHT_B) -> dict[str, Any]:
-    """Prompt and output tokens per second; `rate` "plain" is stock vLLM with FlashAttention."""
+def plain(_: Mapping[str, float], scale: Scale = SCALE) -> Iterator[Row]:
+    """Stock vLLM with FlashAttention."""
     need_gpu()
     ceilings = Ceilings.measure()
-    settings = {"preset": "kv-compress-continual", "rate": rate}
-    with opened(scale, None if rate == PLAIN else settings) as llm:
-        once(llm, scale, prompts=2, said=32)  # compiles, also what compresses
+    yield ceilings.row()
+    with opened(scale, None) as llm:
+        once(llm, scale, prompts=2, said=32)  # compiles
         work = once(llm, scale, scale.prompts, seed=1)
-        name = "plain vLLM" if rate == PLAIN else f"rate {rate}"
-        per_s, allowed = work.tokens / work.seconds, work.allowed_s(scale, ceilings)
-        share = allowed / work.seconds
-        row: dict[str, Any] = {
-            "what": f"{name}: {scale.prompts} prompts of {scale.prompt_tokens}, {scale.said} said",
-            "found": f"{per_s:.0f} tokens/s, {share:.0%} of the bound",
-            "bound": f"{work.tokens / allowed:.0f} tokens/s",
-        }
-        if rate == 8:
-            row |= {"bound": f"{row['bound']}, >= {OF_MODEL:.0%} of it", "met": share >= OF_MODEL}
-        rows, figures = [ceilings.row(), row], {"tokens_s": per_s}
-        if rate == PLAIN:
-            figures["few_tokens_s"] = rate_of_few(llm, scale, None)
-        if rate == 8:
-            figures["few_tokens_s"] = rate_of_few(llm, scale, "off")
-            rows.append(compression(llm, scale))
-    return {"rows": rows, **figures}
+        yield _row("plain vLLM", "plain", scale, work, ceilings)
+        few = rate_of_few(llm, scale)
+        found = f"{few:.0f} tokens/s"
+        yield Row(f"plain vLLM, {_asked(scale, scale.few)}", found, figures={"plain_few": few})
+        seconds = first_tokens(llm, scale, {ttft.PLAIN: {}})
+        yield from ttft.report(scale.decoder, PAGE_TOKENS, seconds)
+
+
+def compressed(figures: Mapping[str, float], scale: Scale = SCALE) -> Iterator[Row]:
+    """One engine; its requests ask for their rate, for `off` and for selection of tokens.
+
+    Args:
+        figures: of `plain`; what is beside plain vLLM is left out without them.
+    """
+    need_gpu()
+    ceilings = Ceilings.measure()
+    yield ceilings.row()
+    with opened(scale, {"preset": PRESET, "rate": RATE}) as llm:
+        once(llm, scale, prompts=2, said=32)  # compiles, also what compresses
+        yield _rate(llm, scale, RATE, ceilings, figures)
+        few = rate_of_few(llm, scale, {"kv_compress": ttft.OFF})
+        if "plain_few" in figures:
+            share = few / figures["plain_few"]
+            yield Row(
+                f"{ttft.OFF}, {_asked(scale, scale.few)}",
+                f"{few:.0f} tokens/s, {share:.2f} x plain vLLM",
+                f">= {OF_PLAIN}",
+                on_speed(share >= OF_PLAIN),
+            )
+        seconds = first_tokens(llm, scale, {name: {"kv_compress": name} for name in PRESETS})
+        known = {n: figures.get(ttft.figure(n)) for n in scale.first_tokens}
+        before = {n: s for n, s in known.items() if s is not None}
+        yield from ttft.report(scale.decoder, PAGE_TOKENS, {ttft.PLAIN: before} | seconds)
+        for rate in OTHER_RATES:
+            yield _rate(llm, scale, rate, ceilings, figures)
+
+
+def _rate(
+    llm: Any, scale: Scale, rate: int, ceilings: Ceilings, figures: Mapping[str, float]
+) -> Row:
+    work = once(llm, scale, scale.prompts, seed=1, knobs={"kv_compress_rate": rate})
+    return _row(f"rate {rate}", f"rate_{rate}", scale, work, ceilings, figures.get("plain"))
+
+
+def _row(
+    name: str,
+    figure: str,
+    scale: Scale,
+    work: Work,
+    ceilings: Ceilings,
+    plain_tokens_s: float | None = None,
+) -> Row:
+    allowed = work.allowed_s(scale, ceilings)
+    share = allowed / work.seconds
+    found = f"{work.tokens_s:.0f} tokens/s"
+    if plain_tokens_s is not None:
+        found += f", {work.tokens_s / plain_tokens_s:.2f} x plain vLLM"
+    judged = name == f"rate {RATE}"
+    return Row(
+        f"{name}, {_asked(scale, scale.prompts)}",
+        f"{found}, {share:.0%} of what the ceilings allow ({work.tokens / allowed:.0f} tokens/s)",
+        f">= {OF_MODEL:.0%}" if judged else None,
+        on_speed(share >= OF_MODEL) if judged else None,
+        {figure: work.tokens_s, f"{figure}_of_ceilings": share},
+    )
+
+
+def _asked(scale: Scale, prompts: int) -> str:
+    return f"{prompts} x ({scale.prompt_tokens} read, {scale.said} written)"
 
 
 @contextmanager
@@ -129,20 +202,20 @@ def opened(scale: Scale, settings: dict[str, Any] | None) -> Iterator[Any]:
     """An engine without weights, in graphs."""
     from vllm import LLM
 
-    longest = scale.long_prompt + PAGE_TOKENS
-    with scale.decoder.folder(longest) as model:
+    with scale.decoder.folder(scale.longest) as model:
         yield LLM(
             model=model,
             dtype="bfloat16",
             load_format="dummy",
             skip_tokenizer_init=True,
             block_size=PAGE_TOKENS,
-            max_model_len=longest,
-            max_num_batched_tokens=longest,
+            max_model_len=scale.longest,
+            max_num_batched_tokens=scale.longest,
             max_num_seqs=2 * scale.prompts,
             num_gpu_blocks_override=scale.cache_blocks,
             enable_prefix_caching=False,
             compilation_config=scale.graphs,
+            kernel_config=NO_AUTOTUNING,
             attention_backend="FLASH_ATTN",
             additional_config={"kv_compress": settings} if settings else {},
         )
@@ -153,7 +226,7 @@ def once(
     scale: Scale,
     prompts: int,
     seed: int = 0,
-    preset: str | None = None,
+    knobs: Knobs | None = None,
     prompt_tokens: int | None = None,
     said: int | None = None,
 ) -> Work:
@@ -166,7 +239,7 @@ def once(
         max_tokens=asked.output_tokens,
         ignore_eos=True,
         detokenize=False,
-        extra_args={"kv_compress": preset} if preset else None,
+        extra_args=dict(knobs) if knobs else None,
     )
     words = asked.token_ids(scale.decoder.vocabulary)
     engine, pool = llm.llm_engine, scheduler_of(llm).kv_cache_manager.block_pool
@@ -186,22 +259,20 @@ def once(
     return work
 
 
-def rate_of_few(llm: Any, scale: Scale, preset: str | None) -> float:
-    works = [once(llm, scale, scale.few, seed, preset) for seed in range(2, 3 + scale.turns // 5)]
-    return median(work.tokens / work.seconds for work in works)
+def rate_of_few(llm: Any, scale: Scale, knobs: Knobs | None = None) -> float:
+    works = [once(llm, scale, scale.few, seed, knobs) for seed in range(2, 3 + scale.turns // 5)]
+    return median(work.tokens_s for work in works)
 
 
-def compression(llm: Any, scale: Scale) -> dict[str, Any]:
-    """How much later the first token comes where a long prompt is compressed."""
-    times: dict[str | None, list[float]] = {"off": [], None: []}
-    for turn in range(scale.turns + 1):
-        for preset, seconds in times.items():
-            asked = once(llm, scale, 1, turn, preset, scale.long_prompt, said=2)
-            seconds.append(asked.seconds)
-    off, on = (median(seconds[1:]) for seconds in times.values())  # the first turn warms up
-    return {
-        "what": f"compressing a prompt of {scale.long_prompt}",
-        "found": f"{on / off - 1:.1%} of {1e3 * off:.0f} ms",
-        "bound": f"<= {OF_PREFILL:.0%}",
-        "met": on / off - 1 <= OF_PREFILL,
+def first_tokens(llm: Any, scale: Scale, asks: Mapping[str, Knobs]) -> dict[str, ttft.Seconds]:
+    """Medians, by what requests ask for and the tokens of their prompts; taken turn by turn."""
+    times: dict[tuple[str, int], list[float]] = {
+        (name, n): [] for n in scale.first_tokens for name in asks
     }
+    for turn in range(scale.turns + 1):
+        for (name, n), seconds in times.items():
+            seconds.append(once(llm, scale, 1, turn, asks[name], n, said=1).seconds)
+    found: dict[str, ttft.Seconds] = {name: {} for name in asks}
+    for (name, n), seconds in times.items():
+        found[name][n] = median(seconds[1:])  # the first one warms up
+    return found

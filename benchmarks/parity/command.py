@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.console import Console
 from tqdm import tqdm
 
 from vllm_kvcompress.bench.engine import BLOCK_TOKENS, MODEL
@@ -24,12 +23,12 @@ from vllm_kvcompress.bench.quality.run import Plan
 from vllm_kvcompress.bench.quality.scoring import score
 from vllm_kvcompress.bench.quality.tasks import make_cases
 from vllm_kvcompress.bench.table import Table
+from vllm_kvcompress.bench.terminal import conclude, show_results, terminal
 from vllm_kvcompress.presets import Preset, load_preset, shipped_presets
 
 METHODS = ("fastkv", "windowkv", "windowkv-paper")
 AT_ONCE = 64
 SAME = 0.01  # of the answers may be right on one side only, less the other
-DIFFERENT = 1
 
 
 @dataclass(frozen=True)
@@ -71,7 +70,7 @@ def main(
         typer.Option(
             callback=existing_model,
             help="A model folder of the Llama family.",
-            show_default="the demo model",
+            show_default="the shipped demo model",
         ),
     ] = str(MODEL),
     policies: Annotated[
@@ -98,6 +97,8 @@ def main(
 
     **better / worse**: answers that only the engine, or only the dense model, got right.
     Exit code 1 where exact match differs by more than a point; 2: it could not be measured.
+
+    Example: `vllm-kvcompress bench parity --n 20 --tasks needle --policies fastkv windowkv`
     """
     threads = threads or len(os.sched_getaffinity(0))
     try:
@@ -109,10 +110,8 @@ def main(
     note = f"{n} prompts of {length:,} tokens each, the same for both; greedy."
     table = Table("Engine and dense reference", columns, [each.row() for each in found], note)
     verdicts = [each.verdict() for each in found]
-    console = Console()
-    console.print(table.rich())
-    for verdict in verdicts:
-        console.print(verdict.text(), highlight=False)
+    console = terminal()
+    show_results(console, [table], verdicts)
     parameters = dict(tasks=tasks, length=length, budget=budget, n=n, seed=seed)
     write_report(
         json,
@@ -123,8 +122,7 @@ def main(
         tables=[table],
         verdicts=verdicts,
     )
-    if not all(verdict.met for verdict in verdicts):
-        raise typer.Exit(DIFFERENT)
+    conclude(console, [json], verdicts)
 
 
 @dataclass(frozen=True)

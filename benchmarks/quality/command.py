@@ -1,7 +1,6 @@
 """`vllm-kvcompress bench quality`."""
 
 import os
-import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from enum import StrEnum
@@ -10,7 +9,6 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from rich.console import Console
 
 from vllm_kvcompress.bench.engine import BLOCK_TOKENS, MODEL
 from vllm_kvcompress.bench.errors import BenchError
@@ -26,10 +24,11 @@ from vllm_kvcompress.bench.quality.rows import Outcome, Row, cells
 from vllm_kvcompress.bench.quality.run import Plan, run
 from vllm_kvcompress.bench.quality.store import Store
 from vllm_kvcompress.bench.quality.tasks import make_cases, task_help
+from vllm_kvcompress.bench.terminal import show_results, terminal
 
 BUDGETS = (0.5, 0.25, 0.125, 0.0625, 0.03125)
 INTERRUPTED = 130
-EPILOG = task_help().replace("\n", "\n\n")
+EPILOG = task_help()
 
 
 class Question(StrEnum):
@@ -129,6 +128,8 @@ def main(
     compresses before the question is known: the hard case, and the one of stored contexts.
 
     Interrupted, the same command goes on where it stopped. Exit code 0: done; 2: it could not.
+
+    Example: `vllm-kvcompress bench quality --n 20 --policies kv-compress snapkv --budgets 0.125`
     """
     if not dtype:
         dtype = "float32" if model == str(MODEL) else "auto"
@@ -243,11 +244,7 @@ def report(
     summaries = [show.mean_table(found), show.paired_table(found)]
     tables = [*show.quality_tables(found), *(table for table in summaries if table)]
     judged = judge.verdicts(found)
-    console = Console(width=None if sys.stdout.isatty() else 140)
-    for table in tables:
-        console.print(table.rich())
-    for verdict in judged:
-        console.print(verdict.text(), highlight=False)
+    show_results(terminal(140), tables, judged)
     drawn = []
     for name, draw in {
         "": partial(plots.accuracy_over_held_share, found),

@@ -212,12 +212,12 @@ def find_tasks(names: Iterable[str]) -> dict[str, Task | DataSet]:
 
 
 def task_help() -> str:
-    """Every group and task with what it asks, for `--help`."""
-    lines = []
+    """Every group and task with what it asks, for `--help`: Markdown."""
+    parts = []
     for group, tasks in GROUPS.items():
-        lines.append(f"{group}: {ABOUT_GROUPS[group]}")
-        lines += [f"  {name}: {task.about}" for name, task in tasks.items()]
-    return "\n".join(lines)
+        parts.append(f"**{group}**: {ABOUT_GROUPS[group]}")
+        parts.append("\n".join(f"* {name}: {task.about}" for name, task in tasks.items()))
+    return "\n\n".join(parts)
 
 
 def _check_bounds(lengths: Sequence[int], depths: Sequence[float], n: int) -> None:

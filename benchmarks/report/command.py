@@ -30,6 +30,8 @@ def main(
 
     JSON files that are no reports are named and skipped. Exit code 2: there is nothing to show,
     or the page cannot be written.
+
+    Example: `vllm-kvcompress bench report results`
     """
     out = out or results / "index.html"
     try:

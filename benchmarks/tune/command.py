@@ -72,6 +72,8 @@ def tsp_layer(
 
     Advised is the lowest layer with 98 % of the full cache's score. Exit code 1: there is none;
     2: it could not be measured. Interrupted, the same command goes on where it stopped.
+
+    Example: `vllm-kvcompress tune tsp-layer --model MODEL --length 4096 --n 20`
     """
 
     def sweep(preset: Preset, depth: int) -> "Sweep":
@@ -108,6 +110,8 @@ def group_layers(
 
     Advised are the largest groups with 98 % of the full cache's score. Exit code 1: there are
     none; 2: it could not be measured. Interrupted, the same command goes on where it stopped.
+
+    Example: `vllm-kvcompress tune group-layers --model MODEL --length 4096 --n 20`
     """
 
     def sweep(preset: Preset, depth: int) -> "Sweep":

@@ -56,18 +56,18 @@ def scheduler_of(llm: LLM) -> KVCompressScheduler:
 
 
 def compressor_of(llm: LLM) -> Compressor:
-    return _worker_of(llm).compressor
+    return worker_of(llm).compressor
 
 
 def propagation_of(llm: LLM) -> Propagation:
-    return _worker_of(llm).propagation
+    return worker_of(llm).propagation
 
 
 def runner_of(llm: LLM) -> Any:
-    return _worker_of(llm).model_runner
+    return worker_of(llm).model_runner
 
 
-def _worker_of(llm: LLM) -> Any:
+def worker_of(llm: LLM) -> Any:
     return llm.llm_engine.engine_core.engine_core.model_executor.driver_worker.worker
 
 

@@ -61,7 +61,7 @@ def assert_nothing_left(llm, initial):
     assert_all_free(llm, initial)
     stash = propagation_of(llm).stash
     assert stash.free_tokens == len(stash._states)
-    assert not scheduler_of(llm).per_head._inflight
+    assert not scheduler_of(llm).per_head.propagating.occupied_tokens
 
 
 def requests(*lengths, tokens=10, knobs=None):
@@ -179,12 +179,12 @@ def test_resumed_prompts_are_propagated_before_what_they_had_said(preset):
 def test_prompts_wait_until_the_hidden_states_of_others_have_gone():
     llm = engine({"preset": "fastkv"}, blocks=28, step_tokens=64)  # a stash of 27 blocks
     initial, manager = free_blocks(llm), scheduler_of(llm).per_head
-    room, most, waited = manager.tsp_max_inflight_tokens, 0, 0
+    room, most, waited = manager.propagating.capacity_tokens, 0, 0
     assert room == 27 * BLOCK
     for i, (ids, params) in enumerate(requests(400, 410, 420, tokens=4)):
         llm.llm_engine.add_request(f"q{i}", {"prompt_token_ids": ids}, params)
     for _ in steps(llm):
-        inflight = sum(manager._inflight.values())
+        inflight = manager.propagating.occupied_tokens
         most, waited = max(most, inflight), waited + bool(scheduler_of(llm).waiting)
         assert inflight <= room
     assert most > 400 and waited

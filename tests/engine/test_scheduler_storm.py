@@ -13,13 +13,16 @@ from vllm_kvcompress import accounting
 pytestmark = pytest.mark.slow
 CONTINUAL = {"preset": "kv-compress-continual", "rate": 8, "continual_slack_blocks": 1}
 PROTECTING = {"preset": "kv-compress", "rate": 3, "sink_tokens": 20, "recent_tokens": 30}
+FEW_WINDOWS = {"window_max_inflight_tokens": 64}  # four at once
 
 CLIMATES = {
     "synchronous": Climate(1),
     "asynchronous": Climate(2, asynchronous=True),
     "chunks smaller than the window": Climate(3, batch_tokens=11, prefix_caching=False),
     "continual": Climate(4, kv_compress=CONTINUAL, arrival=0.5),
-    "continual, asynchronous": Climate(5, kv_compress=CONTINUAL, asynchronous=True, arrival=0.5),
+    "continual, asynchronous, few windows": Climate(
+        5, kv_compress=CONTINUAL | FEW_WINDOWS, asynchronous=True, arrival=0.5
+    ),
     "asynchronous, room for one": Climate(
         0,
         asynchronous=True,
@@ -31,7 +34,9 @@ CLIMATES = {
         arrival=0.5,
         shared_prefix=0.0,
     ),
-    "every prompt through an arena": Climate(6, kv_compress={"rate": 1, "test_force_arena": True}),
+    "every prompt through an arena, few windows": Climate(
+        6, kv_compress={"rate": 1, "test_force_arena": True, **FEW_WINDOWS}
+    ),
     "a store, asynchronous": Climate(
         8,
         steps=1200,
@@ -70,6 +75,7 @@ def test_blocks_pages_and_plans_add_up_in_a_storm(name):
     assert tally.hit_tokens > 500 or not climate.prefix_caching or not climate.shared_prefix, tally
     assert tally.recompressions > 30 or "continual" not in name, tally
     assert tally.small_chunks > 100 or climate.batch_tokens > 11, tally
+    assert bool(tally.full_windows) == ("few windows" in name), tally
     assert not climate.store or (tally.loads > 30 and tally.failed_loads > 10), tally
     assert bool(climate.tsp_tokens) == (tally.propagated > 30), tally
     assert bool(tally.deferred_frees) == (climate.store and climate.asynchronous), tally
@@ -138,7 +144,7 @@ def test_a_prompt_that_was_loaded_asks_only_for_what_it_does_not_hold():
     scheduler = make_scheduler(Climate(0, num_blocks=40, kv_compress={"rate": 4}))
     manager, tokens = scheduler.per_head, 400
     plan = accounting.plan(tokens, 16, 40, scheduler.kv_compress.settings_or_off(None))
-    manager.set_plan("r", plan)
+    manager.set_plan("r", plan, 16)
     manager.req_to_blocks["r"] = manager.block_pool.get_new_blocks(20)
     asked = manager.get_num_blocks_to_allocate(
         "r", tokens, [], 320, 320, tokens, apply_admission_cap=True

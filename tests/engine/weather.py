@@ -127,6 +127,7 @@ class Tally:
     failed_loads: int = 0
     deferred_frees: int = 0
     propagated: int = 0
+    full_windows: int = 0
 
 
 class Storm:
@@ -602,7 +603,12 @@ class Storm:
         assert torch.equal(values, -want), f"{name}: values are not its own"
 
     def check_windows(self) -> None:
-        """The queries kept aside are those of the right positions, request and layer."""
+        """The queries kept aside find room, and are those of the right position and layer."""
+        requests = self.compressor._requests.values()
+        aside = [r.window.end - r.window.start for r in requests if r.window is not None]
+        room = self.config.window_max_inflight_tokens
+        assert sum(aside) <= room, f"{aside} queries, room for {room}"
+        self.tally.full_windows += sum(aside) + 16 > room
         for due in self.compressor._due:
             request = self.compressor._requests[due.request_id]
             window = request.window

@@ -306,7 +306,8 @@ def test_barred_steps_are_not_replayed():
             assert first.dispatch(num_tokens=8) == (8, barred)
     assert first.dispatch(num_tokens=8) == (8, None)
     state = SimpleNamespace(prepare_attn=None)
-    runner = SecondRunner(SimpleNamespace(cudagraph_manager=second, model_state=state))
+    held = SimpleNamespace(cudagraph_manager=second, model_state=state, dp_size=1)
+    runner = SecondRunner(held)
     decode = {"num_active_loras": 0, "max_query_len": 1}
     with runner.without_graphs(FULL):
         assert second.dispatch(3, 3, 1, **decode).cg_mode is CUDAGraphMode.PIECEWISE

@@ -25,6 +25,9 @@ from vllm_kvcompress.engine.compressor import Compressor
 from vllm_kvcompress.engine.device_compressor import DeviceCompressor
 from vllm_kvcompress.engine.device_judge import DeviceJudge
 from vllm_kvcompress.engine.judge import Judge
+from vllm_kvcompress.paging import device_tables
+from vllm_kvcompress.paging.device_tables import DeviceTables
+from vllm_kvcompress.paging.host_copy import HostCopy
 from vllm_kvcompress.paging.pool import PageFormat, PagePool
 from vllm_kvcompress.policy.propagators import select_positions
 from vllm_kvcompress.presets import shipped_presets
@@ -167,8 +170,15 @@ def life(prompt: Prompt, put, compressor_of) -> tuple[list[list], Tensor]:
         if compressor.propagating:
             compressor.select("r", prompt.natural)
         compressor.finish_step(lambda _: prompt.natural)
-        counts.append(memory_of(compressor.tables.arena("r")[0]).tolist())
+        counts.append(kept_pages(compressor.tables))
     return counts, memory_of(pool.cache)
+
+
+def kept_pages(tables) -> list[int]:
+    """By layer and head."""
+    if isinstance(tables, DeviceTables):
+        return memory_of(tables.arenas.starts[tables.slot("r")]).diff().tolist()
+    return tables.arena("r")[0].flatten().tolist()
 
 
 def on_host(config, pool) -> Compressor:
@@ -182,12 +192,16 @@ def on_device(config, pool) -> DeviceCompressor:
 
 
 @pytest.mark.parametrize("preset", EVICTING)
-def test_compressing_waits_for_nobody_and_keeps_what_the_host_would(preset) -> None:
+def test_compressing_waits_for_nobody_and_keeps_what_the_host_would(preset, monkeypatch) -> None:
+    """And what the host will want to know is copied to it only where it will."""
+    copies = []
+    monkeypatch.setattr(device_tables, "HostCopy", lambda t: copies.append(t) or HostCopy(t))
     again = not preset.startswith("windowkv")  # it shares scores, and judges once only
     want_counts, want_pages = life(Prompt(preset, again), lambda tensor: tensor, on_host)
     with torch.inference_mode(), device_in_place_of_cuda():
         counts, pages = life(Prompt(preset, again), DeviceTensor, on_device)
     assert len(counts) == (3 if again else 1) and counts == want_counts
+    assert len(copies) == (3 if again else 0)
     assert torch.equal(pages, want_pages)
 
 

@@ -1,9 +1,11 @@
 """vLLM's GPU worker with compression: memory profile, captured graphs, async scheduling, decode,
 CacheGen's store."""
 
+from contextlib import contextmanager
 from random import Random
 
 import pytest
+import torch
 from engine.engines import (
     DEMO_MODEL,
     ask,
@@ -13,8 +15,10 @@ from engine.engines import (
     prompt,
     propagation_of,
     runner_of,
+    worker_of,
 )
 from vllm import LLM, envs
+from vllm.config import CUDAGraphMode
 from vllm.distributed.kv_transfer import get_kv_transfer_group
 from vllm.distributed.kv_transfer.kv_transfer_state import ensure_kv_transfer_shutdown
 
@@ -24,6 +28,35 @@ from vllm_kvcompress.engine.device_compressor import DeviceCompressor
 SAID = 5
 RUNNERS = {"0": "vllm.v1.worker.gpu_model_runner", "1": "vllm.v1.worker.gpu.model_runner"}
 TSP = {"kv_compress": "tsp"}
+
+
+@contextmanager
+def beside_another_rank(llm, monkeypatch):
+    """As in data parallelism beside a rank that decodes four requests at all times.
+
+    Steps agree with it on graphs and padding, and between any two runs a batch made up for its
+    sake.
+    """
+    worker = worker_of(llm)
+    execute_model = worker.execute_model
+    graph, tokens = CUDAGraphMode.FULL.value, 4
+    of_first, of_second = [tokens, tokens, 0, graph], [tokens, graph, 1, 1, 0, tokens]
+
+    def all_reduce(tensor, group=None):
+        vote = of_first if len(tensor) == len(of_first) else of_second
+        tensor[:, 1] = torch.tensor(vote, dtype=tensor.dtype)
+
+    def after_a_made_up_one(step):
+        worker.execute_dummy_batch()
+        return execute_model(step)
+
+    parallel = llm.llm_engine.vllm_config.parallel_config
+    with monkeypatch.context() as patched:
+        patched.setattr(parallel, "data_parallel_size", 2)
+        patched.setattr(parallel, "disable_nccl_for_dp_synchronization", True)
+        patched.setattr(torch.distributed, "all_reduce", all_reduce)
+        patched.setattr(worker, "execute_model", after_a_made_up_one)
+        yield
 
 
 @pytest.mark.parametrize("second", ["0", "1"], ids=["first runner", "second runner"])
@@ -56,7 +89,8 @@ def test_graphs_steps_without_graphs_and_a_loaded_prompt_say_the_same(
     rng, replays, replay = Random(3), [], CUDAGraph.replay
 
     def replayed(graph):
-        assert not compressor.propagating, "a graph has all tokens go through all layers"
+        selecting = compressor._in_step and compressor.propagating
+        assert not selecting, "a graph has all tokens go through all layers"
         replays.append(replay(graph))
 
     monkeypatch.setattr(CUDAGraph, "replay", replayed)
@@ -73,6 +107,18 @@ def test_graphs_steps_without_graphs_and_a_loaded_prompt_say_the_same(
         captured = ask(llm, prompts, asked({}))
     assert (len(compressions), len(held), len(selections)) == (1, 1, 1)
     assert len(replays) >= SAID - 2
+    replays.clear()
+    with (
+        beside_another_rank(llm, monkeypatch),
+        counted(compressor, "_compress") as compressions,
+        counted(worker_of(llm)._scratch, "enter") as batches,
+    ):
+        beside = ask(llm, prompts[:2], greedy(SAID, {"cachegen_level": 0}))
+    assert [one.tokens for one in beside] == [one.tokens[:SAID] for one in captured[:2]]
+    assert len(compressions) == 1
+    assert any(rows and count == 4 for rows, count in batches), "padded to the other rank's"
+    assert any(not rows and count == 4 for rows, count in batches), "made up"
+    assert len(replays) >= 2 * (SAID - 2)
     replays.clear()
     monkeypatch.setattr(DeviceCompressor, "keeps_queries", True)  # such steps are not replayed
     eager = ask(llm, prompts, asked({"cachegen_level": 0}))

@@ -229,11 +229,20 @@ def test_a_choice_of_gpu_kernels_is_refused_on_a_cpu() -> None:
         engine_args(additional_config=settings).create_engine_config()
 
 
-def test_a_gpu_engine_refuses_what_only_the_cpu_has() -> None:
-    config = fake_config(parallel={"data_parallel_size": 2, "use_ubatching": False})
-    config.kv_transfer_config = None
-    with pytest.raises(StartupError, match="data parallelism"):
+@pytest.mark.parametrize(
+    ("found", "says"),
+    [("use_ubatching", "microbatches"), ("enable_elastic_ep", "ranks that come and go")],
+)
+def test_a_gpu_engine_refuses_what_its_tables_cannot_follow(found, says) -> None:
+    parallel = {"data_parallel_size": 2, "use_ubatching": False, "enable_elastic_ep": False}
+    config = fake_config(parallel=parallel | {found: True})
+    with pytest.raises(StartupError, match=says):
         refuse(ON_DEVICE, config)
+
+
+def test_a_gpu_engine_takes_data_parallel_ranks() -> None:
+    parallel = {"data_parallel_size": 2, "use_ubatching": False, "enable_elastic_ep": False}
+    refuse(ON_DEVICE, fake_config(parallel=parallel))
 
 
 @pytest.mark.parametrize("off", [None, False])

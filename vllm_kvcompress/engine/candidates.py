@@ -71,6 +71,15 @@ class Candidates:
                 found[block] = self.positions[lane // heads, lane % heads, token]
         return found
 
+    def as_one_layer(self) -> "Candidates":
+        """Those of one layer with a dimension L = 1."""
+        shared = self.positions.dim() == 1
+        return Candidates(
+            self.pages[None],
+            self.positions if shared else self.positions[None],
+            None if self.valid is None else self.valid[None],
+        )
+
     def passed_on(self, scores: Tensor, leader: int, layer: int) -> Tensor:
         """Scores `[H, n]` of the leader's candidates as those of another layer's."""
         return scores

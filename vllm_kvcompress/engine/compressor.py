@@ -92,7 +92,7 @@ class Compressor:
             self._requests.pop(request_id, None)
         for request_id in step.preempted_req_ids or ():
             self._reset(request_id)
-        self._in_step = True
+        self._in_step = bool(step.num_scheduled_tokens)  # else the runner may run a made-up batch
         self._due.clear()
         self._passing.clear()
         self.propagating.clear()
@@ -287,9 +287,9 @@ class Compressor:
         del scores
         arena_blocks = pool.ids(arena)
         self._copy(candidates.pages, tokens, kept.indices, arena_blocks)
-        if request.plan.slack_blocks is not None:
+        if again := request.plan.slack_blocks is not None:
             request.positions = candidates.positions_of(kept.indices)
-        self.tables.enter(due.request_id, kept.pages, arena_blocks, full_tokens)
+        self.tables.enter(due.request_id, kept.pages, arena_blocks, full_tokens, again)
         request.window = request.selected = None
 
     def _copy(self, candidates: Tensor, tokens: int, kept: Tensor, arena_blocks: Tensor) -> None:

@@ -17,16 +17,20 @@ from vllm.v1.attention.backends.cpu_attn import (
     CPUAttentionMetadataBuilder,
 )
 from vllm.v1.attention.backends.registry import AttentionBackendEnum
-from vllm.v1.kv_cache_interface import AttentionSpec, KVCacheLayout
 from vllm.v1.worker.cpu_worker import CPUWorker
 
+from vllm_kvcompress.config import EngineConfig
 from vllm_kvcompress.engine.attention.cpu import CPUEngine
 from vllm_kvcompress.engine.attention.interface import HeadCall
 from vllm_kvcompress.engine.batch import HeadBatch
+from vllm_kvcompress.engine.compressor import Compressor
+from vllm_kvcompress.engine.cpu_compressor import CPUCompressor
+from vllm_kvcompress.engine.cpu_judge import CPUJudge
+from vllm_kvcompress.engine.cpu_kernels import CPUKernels
+from vllm_kvcompress.engine.per_head import PerHeadBackend, PerHeadImpl, stubbed
 from vllm_kvcompress.engine.windows import Capture
-from vllm_kvcompress.engine.worker import PerHeadWorker, StepView
+from vllm_kvcompress.engine.worker import PerHeadWorker, StepView, mean_over_ranks
 from vllm_kvcompress.paging.pool import PagePool
-from vllm_kvcompress.paging.spec import per_head_spec
 
 
 @dataclass
@@ -53,37 +57,13 @@ class PerHeadMetadataBuilder(CPUAttentionMetadataBuilder):
             heads, captures = self.step_view.lay_out(common_attn_metadata)
         common = common_attn_metadata
         if heads is not None:
-            common = common.replace(seq_lens=_stubbed(common, heads.sequences.rows))
+            common = stubbed(common, heads.sequences.rows)
         plain = super().build(common_prefix_len, common, fast_build)
         return PerHeadMetadata(**vars(plain), heads=heads, captures=captures)
 
 
-def _stubbed(common: CommonAttentionMetadata, rows: Tensor) -> Tensor:
-    """Sequence lengths that let vLLM's kernel pass quickly over the compressed rows."""
-    seq_lens = common.seq_lens.clone()
-    starts = common.query_start_loc
-    seq_lens[rows] = (starts[rows + 1] - starts[rows]).to(seq_lens.dtype)
-    return seq_lens
-
-
-class PerHeadAttentionImpl(CPUAttentionBackendImpl):
-    """Attention of one layer; `bind` gives it the pool once the cache is allocated."""
-
-    pool: PagePool | None = None
-    pool_layer: int = 0
-
-    def bind(self, pool: PagePool, pool_layer: int) -> None:
-        """Learn which layer of the pool this is.
-
-        Raises:
-            ValueError: the layer's attention is not what start-up took it for.
-        """
-        if self.sinks is not None or self.alibi_slopes is not None or self.sliding_window != -1:
-            raise ValueError(
-                f"kv-compress does not work with layer {pool_layer} yet: it has attention sinks, "
-                "ALiBi or a sliding window; leave compression out"
-            )
-        self.pool, self.pool_layer = pool, pool_layer
+class PerHeadAttentionImpl(PerHeadImpl, CPUAttentionBackendImpl):
+    """Attention of one layer; `bind` gives it the pool."""
 
     def forward(
         self,
@@ -135,16 +115,8 @@ class PerHeadAttentionImpl(CPUAttentionBackendImpl):
         output.unflatten(1, per_head)[where.tokens, where.lanes] = attended
 
 
-class PerHeadCPUBackend(CPUAttentionBackend):
+class PerHeadCPUBackend(PerHeadBackend, CPUAttentionBackend):
     """Takes the place of `CPU_ATTN`, under its name."""
-
-    @classmethod
-    def supported_kv_cache_layouts(cls) -> tuple[KVCacheLayout, ...]:
-        return (KVCacheLayout.BLHNC,)
-
-    @classmethod
-    def customize_spec(cls, spec: AttentionSpec) -> AttentionSpec:
-        return per_head_spec(spec)
 
     @staticmethod
     def get_impl_cls() -> type[CPUAttentionBackendImpl]:
@@ -161,3 +133,10 @@ class KVCompressCPUWorker(PerHeadWorker, CPUWorker):
     replaced_backend: ClassVar[Any] = AttentionBackendEnum.CPU_ATTN
     backend: ClassVar[type[CPUAttentionBackend]] = PerHeadCPUBackend
     kernels: ClassVar = {"attention": ("cpu",), "compaction": ("cpu",)}
+
+    def make_compressor(self, config: EngineConfig, pool: PagePool, scale: float) -> Compressor:
+        kernels = CPUKernels.of(pool)
+        if kernels is None:
+            return super().make_compressor(config, pool, scale)
+        judge = CPUJudge(config, pool, scale, mean_over_ranks, kernels=kernels)
+        return CPUCompressor(config, pool, judge, kernels)

@@ -13,16 +13,14 @@ import numpy as np
 from torch import Tensor
 from vllm.utils.torch_utils import async_tensor_h2d
 from vllm.v1.attention.backend import AttentionCGSupport, AttentionLayer, CommonAttentionMetadata
-from vllm.v1.kv_cache_interface import AttentionSpec, KVCacheLayout
 
 from vllm_kvcompress.engine.attention.interface import AttentionEngine
 from vllm_kvcompress.engine.batch import Sequences
 from vllm_kvcompress.engine.device_batch import DeviceHeads, Scratch
+from vllm_kvcompress.engine.per_head import PerHeadImpl, stubbed
 from vllm_kvcompress.engine.windows import Capture
 from vllm_kvcompress.engine.worker import StepView
 from vllm_kvcompress.paging.device_tables import DeviceTables
-from vllm_kvcompress.paging.pool import PagePool
-from vllm_kvcompress.paging.spec import per_head_spec
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,8 +89,8 @@ class HeadPathBuilder:
         seq_lens, blocks = common.seq_lens[where.rows], common.block_table_tensor[where.rows]
         slots = async_tensor_h2d(slots_of.astype(np.int32), device=device)
         heads = self._heads(view, common, slots, blocks, seq_lens, where)
-        stubbed = common.replace(seq_lens=_stubbed(common, where.rows))
-        return DeviceStep(heads, len(rows) == common.num_reqs, captures), stubbed
+        step = DeviceStep(heads, len(rows) == common.num_reqs, captures)
+        return step, stubbed(common, where.rows)
 
     def _heads(
         self,
@@ -121,33 +119,10 @@ class HeadPathBuilder:
         return mode is not None and mode.has_full_cudagraphs()
 
 
-def _stubbed(common: CommonAttentionMetadata, rows: Tensor) -> Tensor:
-    """Sequence lengths that let vLLM's kernel pass quickly over the compressed rows."""
-    starts = common.query_start_loc
-    counts = (starts[rows + 1] - starts[rows]).to(common.seq_lens.dtype)
-    return common.seq_lens.index_copy(0, rows, counts)
+class HeadPathImpl(PerHeadImpl):
+    """Attention of one layer; `bind` gives it the pool, and `engine` is whose kernel reads it."""
 
-
-class HeadPathImpl:
-    """Before an attention implementation of vLLM's; `bind` tells it the pool and the engine."""
-
-    _pool: PagePool | None = None
-    _pool_layer: int = 0
-    _engine: AttentionEngine
-
-    def bind(self, pool: PagePool, pool_layer: int, engine: AttentionEngine) -> None:
-        """Learn which layer of the pool this is, and whose kernel reads it.
-
-        Raises:
-            ValueError: the layer's attention is not what start-up took it for.
-        """
-        local = tuple(self.sliding_window) != (-1, -1)  # type: ignore[attr-defined]
-        if self.sinks is not None or self.alibi_slopes is not None or local:  # type: ignore[attr-defined]
-            raise ValueError(
-                f"kv-compress does not work with layer {pool_layer} yet: it has attention sinks, "
-                "ALiBi or a sliding window; leave compression out"
-            )
-        self._pool, self._pool_layer, self._engine = pool, pool_layer, engine
+    engine: AttentionEngine
 
     def fused_output_quant_supported(self, quant_key: Any) -> bool:
         return False
@@ -166,7 +141,7 @@ class HeadPathImpl:
     ) -> Tensor:
         step: DeviceStep | None = getattr(attn_metadata, "kv_compress", None)
         for capture in step.captures if step else ():
-            capture.take(self._pool_layer, query)
+            capture.take(self.pool_layer, query)
         if step is None or not step.everything:
             super().forward(  # type: ignore[misc]
                 layer,
@@ -180,18 +155,6 @@ class HeadPathImpl:
                 output_block_scale,
             )
         if step is not None and step.heads is not None:
-            assert self._pool is not None
-            step.heads.attend(self, self._engine, self._pool, self._pool_layer, query, output)
+            assert self.pool is not None
+            step.heads.attend(self, self.engine, self.pool, self.pool_layer, query, output)
         return output
-
-
-class HeadPathBackend:
-    """Before an attention backend of vLLM's."""
-
-    @classmethod
-    def supported_kv_cache_layouts(cls) -> tuple[KVCacheLayout, ...]:
-        return (KVCacheLayout.BLHNC,)
-
-    @classmethod
-    def customize_spec(cls, spec: AttentionSpec) -> AttentionSpec:
-        return per_head_spec(spec)

@@ -1,23 +1,27 @@
 """Workers whose engine reads pages token by token: those of GPUs, and of a Triton on CPUs."""
 
+from math import ceil
 from typing import Any, ClassVar
 
+from vllm.config import set_current_vllm_config
 from vllm.platforms import current_platform
 from vllm.utils.import_utils import resolve_obj_by_qualname
 from vllm.v1.attention.backend import AttentionBackend
 from vllm.v1.attention.backends.registry import AttentionBackendEnum
 
 from vllm_kvcompress.accounting import ceil_div
-from vllm_kvcompress.config import EngineConfig, parse_engine_config
+from vllm_kvcompress.config import EngineConfig, parse_engine_config, uses_store
 from vllm_kvcompress.engine import page_kernels
 from vllm_kvcompress.engine.attention import load
 from vllm_kvcompress.engine.compressor import Compressor
 from vllm_kvcompress.engine.device_batch import Scratch
 from vllm_kvcompress.engine.device_compressor import DeviceCompressor
 from vllm_kvcompress.engine.device_judge import DeviceJudge
+from vllm_kvcompress.engine.memory import ModelShape
 from vllm_kvcompress.engine.worker import PerHeadWorker, mean_over_ranks
 from vllm_kvcompress.kernels import Arenas
 from vllm_kvcompress.paging.pool import PagePool
+from vllm_kvcompress.transport.settings import ConnectorSettings
 
 BACKENDS = {
     "FLASH_ATTN": "vllm_kvcompress.engine.backends.flash_attn.PerHeadFlashBackend",
@@ -40,7 +44,8 @@ class DeviceWorker(PerHeadWorker):
 
     def load_model(self, **kwargs: Any) -> None:
         config = self._config()
-        self._engine = load(config.attention_engine)()
+        with set_current_vllm_config(self.vllm_config):  # type: ignore[attr-defined]
+            self._engine = load(config.attention_engine)()
         self._cuda = page_kernels.load_cuda(config.kernels)
         super().load_model(**kwargs)
 
@@ -70,19 +75,29 @@ class DeviceWorker(PerHeadWorker):
         return super().compile_or_warm_up_model()  # type: ignore[misc]
 
     def bind(self, impl: Any, pool: PagePool, pool_layer: int) -> None:
-        impl.bind(pool, pool_layer, self._engine)
+        super().bind(impl, pool, pool_layer)
+        impl.engine = self._engine
 
     def attach(self, builder: Any) -> None:
         super().attach(builder)
         builder.scratch = self._scratch
 
-    def reserved_bytes(self, config: EngineConfig) -> int:
+    def reserved_bytes(self, config: EngineConfig, available: int) -> int:
+        """All that compression takes on a device, at its bounds (`engine/memory.py`)."""
+        vllm_config = self.vllm_config  # type: ignore[attr-defined]
         rows, heads, width = self._sizes()
-        layers = self.vllm_config.model_config.get_num_layers(  # type: ignore[attr-defined]
-            self.vllm_config.parallel_config  # type: ignore[attr-defined]
+        shape = ModelShape.of(vllm_config)
+        fixed = (
+            super().reserved_bytes(config, available)
+            + Scratch.bytes_of(rows, heads, width)
+            + Arenas.bytes_of(rows, shape.layers, heads, width)
+            + self._engine.workspace_bytes
+            + shape.working_bytes(config, vllm_config)
         )
-        own = Scratch.bytes_of(rows, heads, width) + Arenas.bytes_of(rows, layers, heads, width)
-        return super().reserved_bytes(config) + own + self._engine.workspace_bytes
+        if uses_store(vllm_config):
+            settings = vllm_config.kv_transfer_config.kv_connector_extra_config
+            fixed += ConnectorSettings.of(settings).buffer_mb << 20
+        return fixed + ceil(max(0, available - fixed) * shape.positions_share())
 
     def _config(self) -> EngineConfig:
         vllm_config = self.vllm_config  # type: ignore[attr-defined]

@@ -167,14 +167,14 @@ WITH_CPU_ENGINE: Sequence[Row] = (
 # Asked with the `VllmConfig` where the engine is not `cpu`.
 ON_DEVICE: Sequence[Row] = (
     Row(
-        "data parallelism ({} ranks) outside CPUs",
-        lambda config: _many(config.parallel_config.data_parallel_size),
-        "drop --data-parallel-size",
-    ),
-    Row(
-        "microbatches",
+        "microbatches (two run at once, and page tables are for one)",
         lambda config: config.parallel_config.use_ubatching,
         "drop --enable-dbo and --ubatch-size",
+    ),
+    Row(
+        "data-parallel ranks that come and go",
+        lambda config: config.parallel_config.enable_elastic_ep,
+        "drop --enable-elastic-ep",
     ),
 )
 

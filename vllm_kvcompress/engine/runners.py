@@ -119,6 +119,10 @@ class SecondRunner(Runner):
         return self._blocks[request_id]
 
     def without_graphs(self, barred: Set[CUDAGraphMode]) -> AbstractContextManager[None]:
+        if self._runner.dp_size > 1:
+            # Ranks vote, then each dispatches again by the numbers of all: with graphs the others
+            # might find one that is barred here.
+            barred = ANY
         manager = self._runner.cudagraph_manager
         original = manager.dispatch
 

@@ -29,7 +29,8 @@ class _PerHead(Scheduler):
         self.per_head: PerHeadManager = manager_of(self.kv_cache_manager)
         self.totals = Totals(pages_per_block=_pages_per_block(self.kv_cache_config))
         self._planned: dict[str, tuple[Plan, Settings | None]] = {}
-        self.per_head.tsp_max_inflight_tokens = self.kv_compress.tsp_max_inflight_tokens or 0
+        self.per_head.propagating.capacity_tokens = self.kv_compress.tsp_max_inflight_tokens or 0
+        self.per_head.windows.capacity_tokens = self.kv_compress.window_max_inflight_tokens or 0
         if self.connector is not None:
             self.connector.hit_limit = self._hit_limit
             self.connector.publish_limit = self._publish_limit
@@ -44,7 +45,8 @@ class _PerHead(Scheduler):
                 settings,
             )
             self._planned[request.request_id] = (plan, settings)
-            self.per_head.set_plan(request.request_id, plan)
+            window_tokens = settings.window_tokens if settings else 0
+            self.per_head.set_plan(request.request_id, plan, window_tokens)
         super().add_request(request)
 
     def _settings(self, request: Request) -> Settings | None:
@@ -79,7 +81,8 @@ class _PerHead(Scheduler):
         """End a chunk where what follows must see the kept pages, or the propagated tokens.
 
         While a compression is in flight its sources are held: until they are free, only a single
-        token goes on, and no further compression starts.
+        token goes on, and no further compression starts. Prompts to be propagated and windows of
+        queries wait for room in the workers' memory.
         """
         num_new_tokens = super()._reserve_prefill_lookahead(
             request, num_computed_tokens, num_new_tokens
@@ -90,6 +93,9 @@ class _PerHead(Scheduler):
             num_new_tokens = min(num_new_tokens, 1)
         if not self.per_head.has_room_to_propagate(request.request_id):
             return 0
+        num_new_tokens = self.per_head.tokens_with_room(
+            request.request_id, num_computed_tokens, num_new_tokens
+        )
         point = self._planned[request.request_id][0].next_stop(num_computed_tokens)
         if point is None or num_computed_tokens + num_new_tokens < point:
             return num_new_tokens

@@ -6,16 +6,18 @@ each (`engine/refusals.py`), before any process starts.
 
 import os
 from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any
 
 import vllm
-from vllm.config import VllmConfig
+from vllm.config import VllmConfig, set_current_vllm_config
 from vllm.logger import init_logger
 from vllm.platforms import current_platform
 from vllm.v1.attention.backends.registry import AttentionBackendEnum
 
 from vllm_kvcompress.config import EngineConfig, StartupError, parse_engine_config
 from vllm_kvcompress.engine.attention import choose
+from vllm_kvcompress.engine.memory import with_window_capacity
 from vllm_kvcompress.engine.propagation_limits import with_tsp_capacity
 from vllm_kvcompress.engine.refusals import (
     AFTER,
@@ -79,7 +81,7 @@ def configured(
         # Triton compiles at a kernel's first call, which must not be the one that is captured.
         compilation.cudagraph_num_of_warmups = max(1, compilation.cudagraph_num_of_warmups)
     _check_for_model(config, vllm_config)
-    config = with_tsp_capacity(config, vllm_config)
+    config = with_window_capacity(with_tsp_capacity(config, vllm_config), vllm_config)
     vllm_config.additional_config["kv_compress"] = config.to_dict()
     scheduler_config = vllm_config.scheduler_config
     scheduler_config.scheduler_cls = (
@@ -98,8 +100,11 @@ def with_engine(config: EngineConfig, engine_args: Any, platform: Any) -> Engine
     """
     asked = engine_args.attention_backend or engine_args.attention_config.backend
     beside = None if platform.is_cpu() or not asked else getattr(asked, "name", asked).upper()
+    # There vLLM looks for the version of FlashAttention that was asked for.
+    so_far: Any = SimpleNamespace(attention_config=engine_args.attention_config, model_config=None)
     try:
-        engine = choose(config.attention_engine, platform, str(engine_args.dtype), beside)
+        with set_current_vllm_config(so_far):
+            engine = choose(config.attention_engine, platform, str(engine_args.dtype), beside)
     except ValueError as error:
         raise StartupError(str(error)) from None
     if not platform.is_cpu():

@@ -47,11 +47,14 @@ class QueryWindow:
             )
         return self._buffer
 
+    def layers(self, num_kv_heads: int) -> Tensor:
+        """Queries of all layers as `[L, w, H, G, D]`."""
+        assert self._buffer is not None, "the window's queries were never computed"
+        return self._buffer.unflatten(2, (num_kv_heads, -1))
+
     def layer(self, layer: int, num_kv_heads: int) -> Tensor:
         """Queries of one layer as `[w, H, G, D]`."""
-        assert self._buffer is not None, "the window's queries were never computed"
-        queries = self._buffer[layer]
-        return queries.unflatten(1, (num_kv_heads, -1))
+        return self.layers(num_kv_heads)[layer]
 
     def positions(self) -> Tensor:
         assert self._buffer is not None, "the window's queries were never computed"

@@ -17,6 +17,7 @@ from vllm.distributed import (
     get_tensor_model_parallel_world_size,
     tensor_model_parallel_all_gather,
 )
+from vllm.logger import init_logger
 from vllm.model_executor.layers.attention import Attention
 from vllm.utils.torch_utils import async_tensor_h2d
 from vllm.v1.attention import selector
@@ -36,6 +37,8 @@ from vllm_kvcompress.engine.stats import WorkerStats
 from vllm_kvcompress.engine.windows import Capture
 from vllm_kvcompress.paging.formats import page_format
 from vllm_kvcompress.paging.pool import PagePool
+
+logger = init_logger("vllm.kv_compress.worker")  # vLLM shows what is below `vllm`
 
 
 @dataclass(frozen=True, slots=True)
@@ -152,8 +155,8 @@ class PerHeadWorker:
         """Tell a metadata builder whom to ask."""
         builder.step_view = self._view
 
-    def reserved_bytes(self, config: EngineConfig) -> int:
-        """Memory to keep from the cache: the stash of token-selective propagation."""
+    def reserved_bytes(self, config: EngineConfig, available: int) -> int:
+        """Memory to keep from the `available` bytes: the stash of token-selective propagation."""
         if not config.tsp_max_inflight_tokens:
             return 0
         return Stash.bytes_of(*self._stash_shape(config))
@@ -200,13 +203,15 @@ class PerHeadWorker:
         available = super().determine_available_memory()  # type: ignore[misc]
         vllm_config = self.vllm_config  # type: ignore[attr-defined]
         config = parse_engine_config(vllm_config.additional_config["kv_compress"])
-        reserved = self.reserved_bytes(config)
+        reserved = self.reserved_bytes(config, available)
         if reserved >= available:
             raise ValueError(
-                f"kv-compress takes {reserved} bytes of the {available} for the KV cache, with "
-                f"tsp_max_inflight_tokens={config.tsp_max_inflight_tokens}: give a smaller "
-                "number, or 0 for no TSP"
+                f"kv-compress takes {reserved} bytes of the {available} for the KV cache: give a "
+                "smaller --max-model-len, tsp_max_inflight_tokens (now "
+                f"{config.tsp_max_inflight_tokens}; 0 for no TSP) or window_max_inflight_tokens "
+                f"(now {config.window_max_inflight_tokens})"
             )
+        logger.info("kv-compress keeps %d MiB for compressing", reserved >> 20)
         return available - reserved
 
     def _stash_shape(self, config: EngineConfig) -> tuple[int, int, torch.dtype]:

@@ -29,7 +29,7 @@ class DeviceTables:
         )
         self._slots: dict[str, int] = {}
         self._arena_blocks: dict[str, int] = {}
-        self._most_pages: dict[str, HostCopy] = {}  # of any head
+        self._most_pages: dict[str, HostCopy] = {}  # of any head, where `arena` will be asked
         self._free = list(range(most_requests))[::-1]
 
     def __len__(self) -> int:
@@ -46,16 +46,25 @@ class DeviceTables:
     def slot(self, request_id: str) -> int | None:
         return self._slots.get(request_id)
 
-    def enter(self, request_id: str, pages: Tensor, arena_blocks: Tensor, tail_start: int) -> None:
+    def enter(
+        self,
+        request_id: str,
+        pages: Tensor,
+        arena_blocks: Tensor,
+        tail_start: int,
+        again: bool = False,
+    ) -> None:
         """Enter a freshly compressed request, or replace what its slot says.
 
         Args:
             pages: int64 `[L, H]` kept pages per head; stays on the device.
             arena_blocks: int64 `[K]`.
             tail_start: first token position of its natural tail, a multiple of B.
+            again: it will be compressed again, and `arena` be asked for.
         """
         self._arena_blocks[request_id] = len(arena_blocks)
-        self._most_pages[request_id] = HostCopy(pages.max())
+        if again:
+            self._most_pages[request_id] = HostCopy(pages.max())
         tail_block = tail_start // self._pool.page_tokens
         self.arenas.put(self._slot_for(request_id), arena_blocks, pages, tail_block)
 
@@ -84,8 +93,8 @@ class DeviceTables:
     def arena(self, request_id: str) -> tuple[Tensor, Tensor]:
         """A request's kept pages, int64 `[L, H]`, and their ids padded with 0, `[L, H, P]`.
 
-        P, the pages of the richest head, has come to the host since `enter`; right after it this
-        waits for the device.
+        Of one entered to be compressed again: P, the pages of the richest head, has come to the
+        host since; right after `enter` this waits for the device.
         """
         slot, lanes = self._slots[request_id], self._pool.pages_per_block
         starts = self.arenas.starts[slot].long()

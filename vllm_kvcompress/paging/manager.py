@@ -17,6 +17,7 @@ from vllm.v1.core.single_type_kv_cache_manager import FullAttentionManager
 from vllm.v1.request import Request
 
 from vllm_kvcompress.accounting import Plan
+from vllm_kvcompress.paging.room import Room
 
 
 @dataclass(slots=True)
@@ -32,6 +33,7 @@ class Compression:
     """Where one request stands in its plan.
 
     next_point: computed tokens at which the next arena is due, None after the last.
+    window_tokens: queries before a stop of the plan that workers keep aside.
     arenas: newest last; the older ones are still read by steps in flight.
     in_transit: the newest arena is still at the end of `req_to_blocks`.
     settled: what the newest arena was copied from has been freed.
@@ -40,6 +42,7 @@ class Compression:
 
     plan: Plan
     next_point: int | None
+    window_tokens: int = 0
     arenas: list[Arena] = field(default_factory=list)
     in_transit: bool = False
     settled: bool = True
@@ -62,14 +65,13 @@ class PerHeadManager(FullAttentionManager):
         self._compressions: dict[str, Compression] = {}
         self._in_transit: list[str] = []
         self.freed_blocks = 0
-        self.tsp_max_inflight_tokens = 0
-        self._inflight: dict[str, int] = {}  # prompt tokens on their way through the layers
-        self._arrived: list[str] = []
+        self.propagating = Room()  # prompt tokens on their way through the layers
+        self.windows = Room()  # queries kept aside
 
-    def set_plan(self, request_id: str, plan: Plan) -> None:
+    def set_plan(self, request_id: str, plan: Plan, window_tokens: int) -> None:
         """Say what will happen to the blocks of a request, before any is allocated."""
         if plan.first_point is not None or plan.tsp_tokens is not None:
-            self._compressions[request_id] = Compression(plan, plan.first_point)
+            self._compressions[request_id] = Compression(plan, plan.first_point, window_tokens)
 
     def forget(self, request_id: str) -> None:
         """Drop the plan of a request that has ended and holds no blocks."""
@@ -93,10 +95,18 @@ class PerHeadManager(FullAttentionManager):
         compression = self._compressions.get(request_id)
         if compression is None or compression.plan.tsp_tokens is None or compression.propagated:
             return True
-        if request_id in self._inflight:
-            return True
-        needed = sum(self._inflight.values()) + compression.plan.prompt_tokens
-        return needed <= self.tsp_max_inflight_tokens
+        return self.propagating.fits(request_id, compression.plan.prompt_tokens)
+
+    def tokens_with_room(self, request_id: str, computed_tokens: int, new_tokens: int) -> int:
+        """How many of a step's `new_tokens` go on: those before a window that finds no room."""
+        compression = self._compressions.get(request_id)
+        stop = compression.plan.next_stop(computed_tokens) if compression else None
+        if compression is None or stop is None:
+            return new_tokens
+        before = stop - compression.window_tokens - computed_tokens
+        if new_tokens <= before or self.windows.fits(request_id, compression.window_tokens):
+            return new_tokens
+        return max(0, before)
 
     def arenas(self, request_id: str) -> list[Arena]:
         """The request's arenas, newest last."""
@@ -114,9 +124,8 @@ class PerHeadManager(FullAttentionManager):
             del self.req_to_blocks[request_id][-len(compression.arenas[-1].blocks) :]
             compression.in_transit = False
         self._in_transit.clear()
-        for request_id in self._arrived:
-            self._inflight.pop(request_id, None)
-        self._arrived.clear()
+        self.propagating.new_step_starts()
+        self.windows.new_step_starts()
 
     def get_num_blocks_to_allocate(
         self,
@@ -153,8 +162,9 @@ class PerHeadManager(FullAttentionManager):
     ) -> list[KVCacheBlock]:
         blocks = super().allocate_new_blocks(request_id, num_tokens, num_tokens_main_model)
         compression = self._compressions.get(request_id)
-        if compression is not None and compression.plan.tsp_tokens is not None:
+        if compression is not None:
             self._note_prompt(request_id, compression, num_tokens)
+            self._note_window(request_id, compression, num_tokens)
         if compression is None or num_tokens != compression.next_point:
             return blocks
         arena = Arena(num_tokens, self.block_pool.get_new_blocks(compression.plan.arena_blocks))
@@ -167,12 +177,21 @@ class PerHeadManager(FullAttentionManager):
 
     def _note_prompt(self, request_id: str, compression: Compression, num_tokens: int) -> None:
         """Count a prompt from its first chunk until the step after its last."""
-        if compression.propagated:
+        if compression.plan.tsp_tokens is None or compression.propagated:
             return
-        self._inflight[request_id] = compression.plan.prompt_tokens
+        self.propagating.enter(request_id, compression.plan.prompt_tokens)
         if num_tokens == compression.plan.prompt_tokens:
             compression.propagated = True
-            self._arrived.append(request_id)
+            self.propagating.leave_after_step(request_id)
+
+    def _note_window(self, request_id: str, compression: Compression, num_tokens: int) -> None:
+        """Count a window from its first query until the step after its last."""
+        stop = compression.plan.next_stop(num_tokens - 1)
+        if stop is None or num_tokens <= stop - compression.window_tokens:
+            return
+        self.windows.enter(request_id, compression.window_tokens)
+        if num_tokens == stop:
+            self.windows.leave_after_step(request_id)
 
     def remove_skipped_blocks(
         self,
@@ -212,9 +231,8 @@ class PerHeadManager(FullAttentionManager):
             blocks = blocks + arena.blocks
         if compression.in_transit:
             self._in_transit.remove(request_id)
-        self._inflight.pop(request_id, None)
-        if request_id in self._arrived:
-            self._arrived.remove(request_id)
+        self.propagating.leave(request_id)
+        self.windows.leave(request_id)
         compression.restart()
         return blocks
 
@@ -227,11 +245,13 @@ class PerHeadManager(FullAttentionManager):
         return held
 
     def check_integrity(self) -> None:
-        """Raise unless every block is free or held, and no arena block is held twice.
+        """Raise unless each block is free or held, no arena block held twice, and all have room.
 
         Raises:
             RuntimeError: with both sides of the equation that does not hold.
         """
+        self.propagating.check_integrity()
+        self.windows.check_integrity()
         pool = self.block_pool
         held = (block for block in pool.blocks if block.ref_cnt and not block.is_null)
         referenced = {block.block_id for block in held}

@@ -96,9 +96,15 @@ class PagePool:
             (blocks * self.pages_per_block, page_elements), (page_elements, 1), self._base
         )
         self.device = first.device
+        self.page_format = page_format
         self.cache = self._flat.view(-1, 1, tokens, content)  # as the kernels see it
         self._keys = _PageHalf(self._flat, page_format.keys)
         self._values = _PageHalf(self._flat, page_format.values)
+
+    @property
+    def pages(self) -> Tensor:
+        """Every page as its elements, `[num_blocks * L * H, 2 * B * D]`."""
+        return self._flat
 
     def ids(self, block_ids: list[int]) -> Tensor:
         """int64 `[len(block_ids)]` where the pool is, without waiting for the device."""

@@ -73,8 +73,15 @@ class PageTables:
         self._tail_blocks[slot] = 0
         return slot
 
-    def enter(self, request_id: str, pages: Tensor, arena_blocks: Tensor, tail_start: int) -> None:
-        """`put` with the arena named by its blocks, int64 `[K]`."""
+    def enter(
+        self,
+        request_id: str,
+        pages: Tensor,
+        arena_blocks: Tensor,
+        tail_start: int,
+        again: bool = False,
+    ) -> None:
+        """`put` with the arena named by its blocks, int64 `[K]`; `arena` answers at any time."""
         self.put(request_id, pages, self._pool.block_pages(arena_blocks), tail_start)
 
     def hold(self, request_id: str, pages: Tensor, natural: list[int]) -> None:

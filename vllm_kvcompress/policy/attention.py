@@ -56,6 +56,19 @@ class AttentionScorer(Scorer):
                 f"pool_tokens={self.pool_tokens} must be odd where pool_side is 'both'"
             )
 
+    @property
+    def reach(self) -> tuple[int, int]:
+        """Keys before and after one that enter its pool."""
+        if self.pool == "none":
+            return 0, 0
+        before = self.pool_tokens - 1 if self.pool_side == "later" else self.pool_tokens // 2
+        return before, self.pool_tokens - 1 - before
+
+    def fade(self, query_positions: Tensor) -> Tensor:
+        """What each query counts, f32 `[w]`."""
+        age = (query_positions[-1] - query_positions).float()
+        return 0.5 ** (age / (self.half_life_tokens or torch.inf))
+
     def score(self, obs: Observation, layer: int) -> Tensor:
         return self.reduce(self.mass(obs))
 
@@ -93,8 +106,7 @@ class AttentionScorer(Scorer):
             distance = obs.query_positions[:, None] - positions[..., None, :]
             attention.masked_fill_((distance < self.exclude_tokens).unsqueeze(-3), 0.0)
         if self.half_life_tokens is not None:
-            age = obs.query_positions[-1] - obs.query_positions
-            attention *= 0.5 ** (age / self.half_life_tokens)[:, None]
+            attention *= self.fade(obs.query_positions)[:, None]
         if self.queries == "max":
             return attention.amax(dim=2) ** self.power
         return (attention.square_() if self.power == 2 else attention).sum(dim=2)
@@ -103,8 +115,7 @@ class AttentionScorer(Scorer):
         """Every key's mass joined with that of its neighbours, `[..., n]`."""
         if self.pool == "none" or self.pool_tokens == 1:
             return mass
-        before = self.pool_tokens - 1 if self.pool_side == "later" else self.pool_tokens // 2
-        padded = F.pad(mass, (before, self.pool_tokens - 1 - before))  # mass >= 0: 0 is neutral
+        padded = F.pad(mass, self.reach)  # mass >= 0: 0 is neutral
         pool = F.max_pool1d if self.pool == "max" else F.avg_pool1d
         return pool(padded, self.pool_tokens, stride=1)
 

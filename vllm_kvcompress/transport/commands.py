@@ -15,7 +15,7 @@ from vllm_kvcompress.transport.profile import Profile, build
 from vllm_kvcompress.transport.report import LevelSize, eight_bit, level_sizes, plot, raw_bits
 from vllm_kvcompress.transport.sample import Sample, sample
 
-Model = Annotated[str, typer.Option(help="A model folder or name.")]
+Model = Annotated[str, typer.Option(help="A model folder or Hugging Face id.")]
 Prompt = Annotated[
     Path | None,
     typer.Option(exists=True, dir_okay=False, help="Text of your own; default: made-up stories."),
@@ -42,6 +42,8 @@ def profile(
 
     Give the file to the connector as `"profile": "FILE"`, on every machine that shares a store:
     chunks name the profile they were coded with.
+
+    Example: `vllm-kvcompress profile --model MODEL --out model.profile`
     """
     measured = _sample(model, prompt, tokens, dtype)
     made = build(measured.kv, dtype, measured.heads, quantiser)
@@ -74,6 +76,8 @@ def codec(
 
     Beside it stand the raw cache, 8 bits with a scale per token, zstd on the same integers, and
     their entropy (order 0, per channel, over the whole text: no chunk's tables come for free).
+
+    Example: `vllm-kvcompress codec --model MODEL --prompt text.txt --plot sizes.png`
     """
     measured = _sample(model, prompt, tokens, dtype)
     try:

@@ -6,7 +6,8 @@ from vllm.v1.attention.backends.flash_attn import (
     FlashAttentionMetadataBuilder,
 )
 
-from vllm_kvcompress.engine.device import HeadPathBackend, HeadPathBuilder, HeadPathImpl
+from vllm_kvcompress.engine.device import HeadPathBuilder, HeadPathImpl
+from vllm_kvcompress.engine.per_head import PerHeadBackend
 
 
 class PerHeadFlashBuilder(HeadPathBuilder, FlashAttentionMetadataBuilder):
@@ -17,7 +18,7 @@ class PerHeadFlashImpl(HeadPathImpl, FlashAttentionImpl):
     pass
 
 
-class PerHeadFlashBackend(HeadPathBackend, FlashAttentionBackend):
+class PerHeadFlashBackend(PerHeadBackend, FlashAttentionBackend):
     @staticmethod
     def get_impl_cls() -> type[FlashAttentionImpl]:
         return PerHeadFlashImpl

@@ -6,7 +6,8 @@ from vllm.v1.attention.backends.triton_attn import (
     TritonAttentionMetadataBuilder,
 )
 
-from vllm_kvcompress.engine.device import HeadPathBackend, HeadPathBuilder, HeadPathImpl
+from vllm_kvcompress.engine.device import HeadPathBuilder, HeadPathImpl
+from vllm_kvcompress.engine.per_head import PerHeadBackend
 
 
 class PerHeadTritonBuilder(HeadPathBuilder, TritonAttentionMetadataBuilder):
@@ -17,7 +18,7 @@ class PerHeadTritonImpl(HeadPathImpl, TritonAttentionImpl):
     pass
 
 
-class PerHeadTritonBackend(HeadPathBackend, TritonAttentionBackend):
+class PerHeadTritonBackend(PerHeadBackend, TritonAttentionBackend):
     @staticmethod
     def get_impl_cls() -> type[TritonAttentionImpl]:
         return PerHeadTritonImpl
