@@ -85,7 +85,6 @@ def use(llm, attention_engine) -> None:
         impl.engine = attention_engine
 
 
-@pytest.mark.timeout(600)
 @pytest.mark.parametrize("name", NAMES)
 def test_it_says_what_the_cpu_engine_says(name, want, on_device, monkeypatch):
     if name == "xqa" and find_spec("flashinfer") is None:
