@@ -59,5 +59,5 @@ app.command("report", cls=BenchCommand)(report.main)
     context_settings={"allow_extra_args": True, "ignore_unknown_options": True},
 )
 def gpu(context: typer.Context) -> None:
-    """What only a GPU can say: kernels, graphs, identity, bandwidth, throughput (8 minutes)."""
+    """What only a GPU can say: kernels, graphs, words, bandwidth, codec, speed (8 minutes)."""
     raise typer.Exit(gpu_check.main(context.args, context.command_path))

@@ -240,6 +240,7 @@ def draw(named: Sequence[tuple[str, Sequence[Measured]]], path: Path) -> None:
         threads = (f", {r.threads} threads" if r.threads > 1 else "" for r in results)
         axes.set_yticks(at, [r.what + n for r, n in zip(results, threads, strict=True)])
         axes.set_xscale("log")
+        charts.whole_numbers(axes.xaxis)
         axes.set_xlabel("MB/s of bf16 KV, whole path")
         axes.set_title(name)
         axes.legend(loc="upper left")

@@ -64,6 +64,10 @@ HELP = """sections, in this order:
   compressed  the same at rates 8, 64 and 1, `off`, `fastkv` and `tsp`, beside `plain`
   flashinfer  only if named: its attention engine, whose kernel nvcc builds for minutes
 
+example: vllm-kvcompress bench gpu --json gpu.json
+needs: an NVIDIA GPU of compute capability 8.0 or more that is idle, with 24 GB; vLLM for CUDA; no
+network, no model. nvcc, if it is there, builds the CUDA kernels.
+
 exit code: 0, all verdicts are met; 1, one is missed, or a section failed or was cut off; 2, nothing
 was measured; 130, interrupted
 """
@@ -113,6 +117,8 @@ class Process:
         began = time.monotonic()
         try:
             for line in self._lines(until):
+                if not line.startswith(b"{"):
+                    continue  # what Python's own start has printed
                 yield (message := json.loads(line))
                 if "state" in message:
                     return

@@ -15,6 +15,7 @@ import platform
 import random
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
+from itertools import cycle, product
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,15 @@ from tqdm import tqdm
 from transformers.utils import logging
 
 from vllm_kvcompress import accounting
+from vllm_kvcompress.bench.charts import (
+    COLOURS,
+    CONTROL_COLOUR,
+    DPI,
+    held_shares,
+    legend_below,
+    panels,
+    pyplot,
+)
 from vllm_kvcompress.bench.demo_model.language import (
     Form,
     Task,
@@ -31,11 +41,12 @@ from vllm_kvcompress.bench.demo_model.language import (
     needle_task,
     span_task,
 )
+from vllm_kvcompress.bench.engine import MODEL
 from vllm_kvcompress.bench.policy_reader import Reader, Reading
+from vllm_kvcompress.bench.quality.judge import CONTROL
 from vllm_kvcompress.policy import Observation, Policy, build
 from vllm_kvcompress.presets import DEFAULT_PRESET, Preset, load_preset, shipped_presets
 
-MODEL = Path(accounting.__file__).parent / "demo_model"
 FACTS = 16
 FORMS: tuple[Form, ...] = ("chat", "plain")
 TASKS: dict[str, Callable[[random.Random, int], Task]] = {
@@ -228,31 +239,29 @@ def table(results: Sequence[Result]) -> str:
 
 
 def plot(results: Sequence[Result], path: Path) -> None:
-    """Accuracy over held share, a panel per task and block size."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
+    """Accuracy over held share, a row of panels per block size, a panel per task."""
     tasks = list(dict.fromkeys(r.task for r in results))
     blocks = sorted({r.block_tokens for r in results})
-    figure, grid = pyplot.subplots(
-        len(blocks), len(tasks), figsize=(4 * len(tasks), 3.4 * len(blocks)), squeeze=False
-    )
-    for row, block in zip(grid, blocks, strict=True):
-        for axes, task in zip(row, tasks, strict=True):
-            here = [r for r in results if (r.task, r.block_tokens) == (task, block)]
-            for preset in dict.fromkeys(r.preset for r in here):
-                line = sorted((r.held_share, r.accuracy) for r in here if r.preset == preset)
-                axes.plot(*zip(*line, strict=True), marker="o", markersize=3, label=preset)
-            axes.axhline(here[0].full_right / here[0].prompts, color="grey", linestyle=":")
-            axes.set_xscale("log", base=2)
-            axes.set(title=f"{task}, B = {block}", xlabel="held share", ylim=(-0.03, 1.03))
-    grid[0][0].set_ylabel("exact match")
-    grid[0][-1].legend(fontsize=7)
-    figure.tight_layout()
-    figure.savefig(path, dpi=120)
-    pyplot.close(figure)
+    presets = list(dict.fromkeys(r.preset for r in results))
+    presets.sort(key=lambda name: name != DEFAULT_PRESET)
+    colours = dict(zip(presets, cycle(COLOURS), strict=False)) | {CONTROL: CONTROL_COLOUR}
+    figure, grid = panels(len(blocks) * len(tasks), columns=len(tasks), share_y=True)
+    for axes, (block, task) in zip(grid, product(blocks, tasks), strict=True):
+        here = [r for r in results if (r.task, r.block_tokens) == (task, block)]
+        for preset in presets:
+            line = sorted((r.held_share, r.accuracy) for r in here if r.preset == preset)
+            wide = 2.4 if preset == DEFAULT_PRESET else 1.3
+            style = {"color": colours[preset], "linewidth": wide, "markersize": 3}
+            axes.plot(*zip(*line, strict=True), "o-", label=preset, **style)
+        axes.axhline(
+            here[0].full_right / here[0].prompts, color="#444444", ls=":", lw=1, label="full cache"
+        )
+        held_shares(axes, (r.held_share for r in here))
+        axes.set(title=f"{task.replace('_', ' ')}, B = {block}", ylim=(-0.03, 1.03))
+    grid[0].set_ylabel("exact match")
+    legend_below(figure, grid)
+    figure.savefig(path, dpi=DPI)
+    pyplot().close(figure)
 
 
 def ablations(preset: Preset) -> list[Preset]:

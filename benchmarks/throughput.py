@@ -306,10 +306,12 @@ def main(
         f"range of {rounds} rounds"
     )
     plots = []
-    if any(row.rate and row.name in s for row in rows for s in grid.samples.values()):
+    by_load = len(grid.samples) > 1 and any(ratios.values())
+    rates_seen = {row.rate for row in rows for s in grid.samples.values() if row.name in s}
+    if len(rates_seen - {None}) > by_load:  # a single rate is all in the picture by load
         plots.append(json.with_suffix(".png"))
         plot(rows, grid, plots[-1], caption)
-    if len(grid.samples) > 1 and any(ratios.values()):
+    if by_load:
         plots.append(json.with_name(f"{json.stem}-crossover.png"))
         crossover.plot(ratios, plots[-1], caption)
     write_report(

@@ -7,13 +7,14 @@ from typing import Any
 
 import typer
 
+from vllm_kvcompress.accounting import held_share, plan
 from vllm_kvcompress.bench.child import COMMAND, Child
 from vllm_kvcompress.bench.engine import BLOCK_TOKENS, Cache, EngineSpec
 from vllm_kvcompress.bench.errors import BenchError
 from vllm_kvcompress.bench.process import ProcessEnded
+from vllm_kvcompress.presets import DEFAULT_PRESET, MAX_RATE, OFF, shipped_presets
 
-PLAIN, FP8, FLAG_OFF, OFF = "plain vLLM", "fp8 cache", "flag off", "off"
-DEFAULT_PRESET = "kv-compress"
+PLAIN, FP8, FLAG_OFF = "plain vLLM", "fp8 cache", "flag off"
 
 
 @dataclass(frozen=True)
@@ -48,9 +49,6 @@ class Variant:
 
     def held_share(self, prompt_tokens: int, cache_blocks: int) -> float:
         """Share of a prompt's tokens held once it is compressed, as both sides compute it."""
-        from vllm_kvcompress.accounting import held_share, plan
-        from vllm_kvcompress.presets import shipped_presets
-
         if self.preset is None:
             return 1.0
         settings = shipped_presets()[self.preset].settings(
@@ -98,8 +96,6 @@ def variants(
     Raises:
         typer.BadParameter: an unknown preset, or a rate that no request may ask for.
     """
-    from vllm_kvcompress.presets import MAX_RATE, shipped_presets
-
     for preset in presets:
         if preset not in shipped_presets():
             known = ", ".join(shipped_presets())

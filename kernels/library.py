@@ -70,14 +70,14 @@ def this_architecture() -> str:
 
 
 def find(architecture: str) -> Path | None:
-    """A library of today's sources, in the package or in the user's folder.
+    """A library of today's sources, in the package or else in the user's folder.
 
     Raises:
-        CannotBuild: the user's folder is open to others.
+        CannotBuild: it is not in the package, and the user's folder cannot be used.
     """
     name = f"{_digest()}-{architecture}-*.so"
-    folders = (IN_PACKAGE, user_folder())
-    return next((path for folder in folders for path in sorted(folder.glob(name))), None)
+    found = sorted(IN_PACKAGE.glob(name)) or sorted(user_folder().glob(name))
+    return found[0] if found else None
 
 
 def build(

@@ -188,6 +188,11 @@ def test_fields_beside_the_preset_override_it() -> None:
         ({"preset": "snapkv", "continual": "yes"}, "continual: "),
         ({"preset": "off", "rate": 4}, "rate would override a preset, but the preset is 'off'"),
         ({"test_force_arena": 1}, "test_force_arena: "),
+        ({"preset": "snapkv", "rate": 4, "name": "mine"}, "unknown key 'name'; known: .*rate"),
+        (
+            {"preset": "x", "presets": {"x": shipped_presets()["snapkv"].model_dump()}},
+            "'x' holds a preset whose name is 'snapkv'",
+        ),
     ],
 )
 def test_a_bad_engine_config_is_refused_in_one_line(raw, says) -> None:

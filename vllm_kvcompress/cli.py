@@ -50,7 +50,7 @@ def presets(
     table = Table()
     for column in ("preset", "what it is", "rate", "window", "scorer", "allocator"):
         table.add_column(column, no_wrap=column == "preset")
-    for preset in shipped.values():
+    for preset in sorted(shipped.values(), key=lambda p: (p.name != DEFAULT_PRESET, p.name)):
         table.add_row(*_row(preset))
     Console().print(table)
     typer.echo(
@@ -60,16 +60,9 @@ def presets(
 
 
 def _row(preset: Preset) -> tuple[str, ...]:
-    is_default = " *" if preset.name == DEFAULT_PRESET else ""
     kept = f"{preset.budget_tokens} tokens" if preset.budget_tokens else f"{preset.rate:g}"
-    numbers = kept, str(preset.window_tokens)
-    return (
-        preset.name + is_default,
-        preset.description,
-        *numbers,
-        preset.scorer.name,
-        preset.allocator.name,
-    )
+    parts = preset.scorer.name, preset.allocator.name
+    return preset.name, preset.description, kept, str(preset.window_tokens), *parts
 
 
 @app.command()

@@ -87,6 +87,16 @@ class EngineConfig(StrictModel):
     test_force_arena: bool = False
 
     @model_validator(mode="after")
+    def _presets_go_by_their_names(self) -> "EngineConfig":
+        for name, preset in self.presets.items():
+            if name != preset.name:
+                raise ValueError(
+                    f"presets: {shorten(name)} holds a preset whose name is {preset.name!r}: "
+                    "give it under its own name"
+                )
+        return self
+
+    @model_validator(mode="after")
     def _preset_exists(self) -> "EngineConfig":
         if self.preset not in (*UNCOMPRESSED, *self.known_presets()):
             raise ValueError(unknown_preset(self.preset, self.known_presets()))
@@ -116,38 +126,43 @@ class EngineConfig(StrictModel):
             KnobError: a `ValueError` naming the key, the value and what is allowed.
         """
         knobs = known_knobs(xargs)
+        preset = self._asked_preset(knobs.get("kv_compress", self.preset))
+        changes = changed_fields(knobs, max_tokens)
+        if preset is None:
+            return None
+        if preset.tasks:
+            task = changes.get("task", preset.task)
+            changes["task"] = UNKNOWN_TASK if task == AUTO else task
+            preset = preset.for_task(changes["task"])
+        elif "task" in changes:
+            presets = sorted(self.known_presets().items())
+            knowing = ", ".join(name for name, other in presets if other.tasks)
+            raise KnobError(
+                "kv_compress_task",
+                "bad_task",
+                f"kv_compress_task has no effect on preset {preset.name!r}: leave it out, or take "
+                f"a preset that knows tasks: {knowing}",
+            )
+        return preset.settings(force_arena=self.test_force_arena, **changes)
+
+    def _asked_preset(self, name: Any) -> Preset | None:
+        """The preset of that name, None for no compression. Raises KnobError."""
         presets = self.known_presets()
-        name = knobs.get("kv_compress", self.preset)
         if not isinstance(name, str) or name not in (*UNCOMPRESSED, *presets):
             raise KnobError(
                 "kv_compress", "unknown_preset", "kv_compress: " + unknown_preset(name, presets)
             )
         if name == CACHEGEN and self.cachegen is None:
             raise KnobError("kv_compress", "no_store", f"kv_compress={CACHEGEN!r}: {NO_STORE}")
-        changes = changed_fields(knobs, max_tokens)
-        if name in UNCOMPRESSED:
-            return None
-        preset = presets[name]
-        if "task" in changes and not preset.tasks:
-            knowing = [other for other, preset in sorted(presets.items()) if preset.tasks]
-            raise KnobError(
-                "kv_compress_task",
-                "bad_task",
-                f"kv_compress_task has no effect on preset {name!r}: leave it out, or take "
-                f"a preset that knows tasks: {', '.join(knowing)}",
-            )
-        if preset.propagates and self.tsp_max_inflight_tokens == 0:
+        preset = presets.get(name)
+        if preset is not None and preset.propagates and self.tsp_max_inflight_tokens == 0:
             raise KnobError(
                 "kv_compress",
                 "tsp_unavailable",
                 f"kv_compress: preset {name!r} propagates selected tokens, which this server does "
                 "not do: its model or a feature does not allow it, or tsp_max_inflight_tokens is 0",
             )
-        if preset.tasks:
-            task = changes.get("task", preset.task)
-            changes["task"] = UNKNOWN_TASK if task == AUTO else task
-            preset = preset.for_task(changes["task"])
-        return preset.settings(force_arena=self.test_force_arena, **changes)
+        return preset
 
     def wants_task(self, xargs: Mapping[str, Any] | None) -> bool:
         """Whether the class of this request's task is still to be told from its prompt."""
@@ -211,12 +226,10 @@ def parse_engine_config(raw: Any) -> EngineConfig:
                 f"{', '.join(overrides)} would override a preset, but the preset is "
                 f"{config.preset!r}"
             )
-        unknown = sorted(set(overrides) - set(Preset.model_fields) - {"name"})
-        if unknown:
-            allowed = [*EngineConfig.model_fields, *Preset.model_fields]
-            raise ValueError(
-                f"unknown key {shorten(unknown[0])}; known: {', '.join(sorted(set(allowed)))}"
-            )
+        changeable = set(Preset.model_fields) - {"name"}
+        if unknown := sorted(set(overrides) - changeable):
+            known = ", ".join(sorted({*EngineConfig.model_fields, *changeable}))
+            raise ValueError(f"unknown key {shorten(unknown[0])}; known: {known}")
         base = config.known_presets()[config.preset].model_dump()
         if "rate" in overrides:
             if overrides.get("budget_tokens") is not None:

@@ -1,7 +1,7 @@
 """The door: what vLLM loads through `vllm.general_plugins`, in every process.
 
-Three wrappers, each undone by nothing and doing nothing while the flag is off; `docs/compat.md`
-names them and a test counts them. Three more are installed by the first engine that compresses or
+Three wrappers that stay for good and do nothing while the flag is off; `docs/compat.md` names
+them and a test counts them. Three more are installed by the first engine that compresses or
 has a store (`vllm_kvcompress/serving/attach.py`), and see to that engine only.
 """
 

@@ -48,7 +48,8 @@ def codec(_: Mapping[str, float]) -> Iterator[Row]:
     encode = seconds(lambda: ours.encode(there, DTYPE, steps, heads=HEADS))
     decode = seconds(lambda: ours.decode(coded.data, coded.ends, coded.records, DTYPE, back))
     found = f"{raw / encode / 1e9:.1f} GB/s encoded, {raw / decode / 1e9:.1f} GB/s decoded"
-    yield Row("GPU, its waits for the host included", found, f"{copy_bandwidth() / 2e9:.0f} read")
+    read = f"{copy_bandwidth() / 2e9:.0f} GB/s read by a copy"
+    yield Row("GPU, its waits for the host included", found, read)
 
 
 def chunk() -> Tensor:

@@ -17,7 +17,8 @@ from vllm_kvcompress.bench.gpu.skipped import need_gpu
 from vllm_kvcompress.bench.gpu.where import REHEARSAL
 
 DEMO = Path(vllm_kvcompress.__file__).parent / "demo_model"
-LENGTHS, SAID = ((5, 70), 4) if REHEARSAL else ((5, 40, 200, 777, 1500), 32)
+LENGTHS, SAID = ((5, 40), 3) if REHEARSAL else ((5, 40, 200, 777, 1500), 32)
+LONGEST, BLOCKS, MOST_REQUESTS = (128, 20, 2) if REHEARSAL else (2048, 2000, 16)
 GRAPHS = {
     "mode": 0,
     "cudagraph_mode": "FULL_DECODE_ONLY",
@@ -96,10 +97,11 @@ def answers(
         str(DEMO),
         kv_compress,
         dtype=dtype,
-        max_model_len=2048,
+        max_model_len=LONGEST,
+        max_num_batched_tokens=max(LONGEST, sum(LENGTHS)),
         gpu_memory_utilization=0.2,
-        num_gpu_blocks_override=2000,
-        max_num_seqs=16,
+        num_gpu_blocks_override=BLOCKS,
+        max_num_seqs=MOST_REQUESTS,
         enable_prefix_caching=False,
         compilation_config=GRAPHS,
         kernel_config=NO_AUTOTUNING,

@@ -21,8 +21,6 @@ from vllm_kvcompress.kernels import (
     compact_reference,
     fill_tables,
     fill_tables_reference,
-    head_slots,
-    head_slots_reference,
     score_window,
     score_window_reference,
     split_pages,
@@ -98,7 +96,7 @@ def paged(lengths: list[int], size: int, dtype: torch.dtype, page_tokens: int = 
 def _attention(attend: Callable[..., None]) -> Errors:
     for dtype, bound in TOLERANCE.items():
         worst = torch.zeros((), dtype=torch.float64, device=DEVICE)
-        for size, group in (shape[::2] for shape in SHAPES if shape[1] == dtype):
+        for size, group in ((size, group) for size, of, group in SHAPES if of == dtype):
             pool, tables, lengths = paged(LENGTHS, size, dtype)
             keys, values = split_pages(pool)
             queries = torch.randn(len(LENGTHS), group, size, device=DEVICE).to(dtype)
@@ -169,13 +167,6 @@ def _tables() -> Errors:
                 wrong += int(lengths[layer, row, head]) != length
                 wrong += tables[layer, row, head, : len(ids)].tolist() != ids
     yield "fill_tables", float(wrong), 0.0
-
-    rows = torch.tensor([0, 0, 1, -1], dtype=torch.int32, device=DEVICE)
-    positions = torch.tensor([3, 40, 17, 0], device=DEVICE)
-    shape = (table, rows, positions, 1, layers, heads, page_tokens)
-    got = torch.zeros(4, heads, dtype=torch.int64, device=DEVICE)
-    head_slots(*shape, got)
-    yield "head_slots", float((got != head_slots_reference(*shape)).sum()), 0.0
 
 
 def replayed(_: Mapping[str, float]) -> Iterator[Row]:

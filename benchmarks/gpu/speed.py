@@ -92,7 +92,7 @@ def _engine(name: str) -> AttentionEngine:
     if name == CUDA_KERNEL:
         if (library := cuda_library()) is None:
             raise Skipped("no CUDA kernels")
-        made.use(CudaPages(library).attend_pages)
+        made.attend_pages = CudaPages(library).attend_pages
     return made
 
 

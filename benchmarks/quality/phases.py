@@ -13,7 +13,14 @@ from vllm_kvcompress.bench.peers.spec import PeerSpec
 from vllm_kvcompress.bench.quality.ask import Answerer
 from vllm_kvcompress.bench.quality.rows import FP8, PLAIN, Row
 from vllm_kvcompress.bench.quality.run import CannotOpen, Phase
-from vllm_kvcompress.presets import OFF, Preset, load_preset, shipped_presets, unknown_preset
+from vllm_kvcompress.presets import (
+    DEFAULT_PRESET,
+    OFF,
+    Preset,
+    load_preset,
+    shipped_presets,
+    unknown_preset,
+)
 
 MOST_CACHE_BLOCKS = 6000
 
@@ -50,7 +57,7 @@ class Policies:
                 presets[preset.name] = own[preset.name] = preset
             elif name != OFF:
                 raise BenchError(unknown_preset(name, shipped))
-        first = sorted(presets, key=lambda name: name != "kv-compress")
+        first = sorted(presets, key=lambda name: name != DEFAULT_PRESET)
         return Policies(budgets, {name: presets[name] for name in first}, own)
 
     def rows(self) -> list[Row]:

@@ -4,14 +4,22 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from vllm_kvcompress.bench.charts import (
+    COLOURS,
+    CONTROL_COLOUR,
+    DPI,
+    WIDTH,
+    held_shares,
+    legend_below,
+    panels,
+    pyplot,
+)
 from vllm_kvcompress.bench.quality.case import Case
 from vllm_kvcompress.bench.quality.judge import CONTROL, full_of
 from vllm_kvcompress.bench.quality.rows import Cell, Group, Outcome, Row
 from vllm_kvcompress.presets import DEFAULT_PRESET
 
-PANEL_INCHES = 3.4, 3.1
 GREY = "#444444"
-LONG_LABEL = 24
 
 
 def accuracy_over_held_share(cells: Sequence[Cell], path: Path) -> bool:
@@ -19,39 +27,20 @@ def accuracy_over_held_share(cells: Sequence[Cell], path: Path) -> bool:
     groups = [g for g in _groups(cells) if any(_line(cells, g, p) for p in _policies(cells))]
     if not groups:
         return False
-    pyplot = _pyplot()
-    columns = min(2, len(groups))
-    rows = -(-len(groups) // columns)
-    size = PANEL_INCHES[0] * columns, PANEL_INCHES[1] * rows + 0.9
-    figure, grid = pyplot.subplots(rows, columns, figsize=size, squeeze=False, sharey=True)
-    for axes, group in zip(grid.flat, groups, strict=False):
+    figure, grid = panels(len(groups), share_y=True)
+    for axes, group in zip(grid, groups, strict=True):
         for policy in _policies(cells):
             if line := _line(cells, group, policy):
                 axes.plot(*zip(*line, strict=True), label=_label(policy), **_style(policy, cells))
         full = full_of(cells, group)
         if full is not None and full.scores:
             axes.axhline(full.score, color=GREY, linewidth=1, linestyle=":", label="full cache")
-        axes.set_xscale("log", base=2)
-        shares = sorted({c.held_share for c in cells if c.group == group and c.row.budget} - {None})
-        ticks = [s for i, s in enumerate(shares) if not i or s > 1.3 * shares[i - 1]]
-        axes.set_xticks(ticks, [f"{share:.0%}" for share in ticks])
-        axes.minorticks_off()
-        axes.set_title(group.title.replace(", question", "\nquestion"), fontsize=10)
-        axes.set_xlabel("share of the prompt's cache held")
+        budgeted = [c for c in cells if c.group == group and c.row.budget]
+        held_shares(axes, (c.held_share for c in budgeted if c.held_share))
+        axes.set_title(group.title.replace(", question", "\nquestion"))
         axes.set_ylim(-0.03, 1.03)
-        axes.spines[["top", "right"]].set_visible(False)
-    for axes in list(grid.flat)[len(groups) :]:
-        axes.remove()
-    grid[0][0].set_ylabel("mean score")
-    labels = {}
-    for axes in figure.axes:
-        labels.update(dict(zip(*reversed(axes.get_legend_handles_labels()), strict=True)))
-    ncols = 1 if max(map(len, labels)) > LONG_LABEL else columns + 1
-    figure.legend(
-        labels.values(), labels.keys(), loc="lower center", ncols=ncols, frameon=False, fontsize=9
-    )
-    height = (0.25 * -(-len(labels) // ncols) + 0.1) / size[1]
-    figure.tight_layout(rect=(0, height, 1, 1))
+    grid[0].set_ylabel("mean score")
+    legend_below(figure, grid)
     return _save(figure, path)
 
 
@@ -61,9 +50,8 @@ def bars_per_task(cells: Sequence[Cell], budget: float, path: Path) -> bool:
     policies = [p for p in _policies(cells) if any(_at(cells, g, p, budget) for g in groups)]
     if not policies:
         return False
-    pyplot = _pyplot()
     height = 0.16 * (len(policies) + 1) + 0.14
-    figure, axes = pyplot.subplots(figsize=(7, max(2.6, height * len(groups) + 1.3)))
+    figure, axes = pyplot().subplots(figsize=(WIDTH, max(1.8, height * len(groups) + 0.6)))
     thick = 0.84 / (len(policies) + 1)
     for index, policy in enumerate(["full cache", *policies]):
         found = [full_of(cells, g) if not index else _at(cells, g, policy, budget) for g in groups]
@@ -71,14 +59,12 @@ def bars_per_task(cells: Sequence[Cell], budget: float, path: Path) -> bool:
         places = [place + index * thick for place in range(len(groups))]
         colour = "#c9ccd1" if not index else _style(policy, cells)["color"]
         axes.barh(places, widths, height=thick * 0.9, color=colour, label=_label(policy))
-    ncols = 1 if max(map(len, map(_label, policies))) > LONG_LABEL else 3
     axes.set_yticks([p + 0.42 - thick / 2 for p in range(len(groups))], [g.title for g in groups])
     axes.invert_yaxis()
     axes.set_xlim(0, 1.02)
     axes.set_xlabel(f"mean score with about {budget:.3g} of the prompt's cache held")
-    axes.legend(loc="upper left", bbox_to_anchor=(0, -0.14), ncols=ncols, frameon=False, fontsize=9)
     axes.spines[["top", "right"]].set_visible(False)
-    figure.tight_layout()
+    legend_below(figure, [axes])
     return _save(figure, path)
 
 
@@ -96,11 +82,10 @@ def heat_map(
     import numpy as np
 
     bands = np.linspace(0, 1, 11)
-    pyplot = _pyplot()
     columns = min(2, len(shown))
     lines = -(-len(shown) // columns)
     size = 3.5 * columns + 0.6, (0.9 + 0.32 * len(lengths)) * lines + 0.6
-    figure, grid = pyplot.subplots(lines, columns, figsize=size, squeeze=False, sharey=True)
+    figure, grid = pyplot().subplots(lines, columns, figsize=size, squeeze=False, sharey=True)
     image = None
     for axes, row in zip(grid.flat, shown, strict=False):
         total, count = np.zeros((2, len(lengths), len(bands) - 1))
@@ -115,14 +100,15 @@ def heat_map(
         image = axes.imshow(mean, aspect="auto", vmin=0, vmax=1, cmap="viridis")
         axes.set_xticks([-0.5, 4.5, 9.5], ["0", "50", "100 %"])
         axes.set_yticks(range(len(lengths)), [f"{length:,}" for length in lengths])
-        axes.set_title(row.key, fontsize=10)
+        kept = "" if row.budget is None else f", {row.budget:.3g} held"
+        axes.set_title(_label(row.policy) + kept, fontsize=10)
         axes.set_xlabel("depth of the fact")
     for axes in list(grid.flat)[len(shown) :]:
         axes.remove()
     grid[0][0].set_ylabel("prompt tokens")
     figure.tight_layout(rect=(0, 0, 0.92, 1))
     assert image is not None
-    figure.colorbar(image, cax=figure.add_axes((0.93, 0.2, 0.015, 0.6)))
+    figure.colorbar(image, cax=figure.add_axes((0.93, 0.2, 0.015, 0.6))).set_label("mean score")
     return _save(figure, path)
 
 
@@ -157,11 +143,10 @@ def _style(policy: str, cells: Sequence[Cell]) -> dict[str, Any]:
     policies = _policies(cells)
     ours = policy == DEFAULT_PRESET
     is_peer = any(c.row.kind == "peer" for c in cells if c.row.policy == policy)
-    colours = ["#d95f30", "#3a9e6e", "#8a5fb0", "#c9a227", "#d8588f", "#5b7f95", "#8c6d46"]
     others = [p for p in policies if p not in (DEFAULT_PRESET, CONTROL)]
-    colour = "#2f6fb3" if ours else "#9a9fa8"
+    colour = COLOURS[0] if ours else CONTROL_COLOUR
     if policy in others:
-        colour = colours[others.index(policy) % len(colours)]
+        colour = COLOURS[1 + others.index(policy) % (len(COLOURS) - 1)]
     return {
         "color": colour,
         "marker": "s" if is_peer else "o",
@@ -172,17 +157,8 @@ def _style(policy: str, cells: Sequence[Cell]) -> dict[str, Any]:
     }
 
 
-def _pyplot() -> Any:
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    return pyplot
-
-
 def _save(figure: Any, path: Path) -> bool:
     path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=150)
-    _pyplot().close(figure)
+    figure.savefig(path, dpi=DPI)
+    pyplot().close(figure)
     return True

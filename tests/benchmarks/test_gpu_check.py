@@ -24,6 +24,7 @@ CHECKOUT = Path(__file__).parents[2]
 
 SAYS = """
 import json, sys
+print("noise", flush=True)
 def say(**message):
     print(json.dumps(message), flush=True)
 figures = json.loads(sys.stdin.readline())

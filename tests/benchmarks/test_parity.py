@@ -2,7 +2,6 @@
 
 import json
 from dataclasses import dataclass
-from pathlib import Path
 from random import Random
 
 import pytest
@@ -10,14 +9,12 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from typer.testing import CliRunner
 
-import vllm_kvcompress
 from vllm_kvcompress.bench.demo_model.language import needle_task
+from vllm_kvcompress.bench.engine import MODEL
 from vllm_kvcompress.bench.parity.dense import Dense
 from vllm_kvcompress.bench.parity.methods import FastKV, WindowKV, _dealt
 from vllm_kvcompress.cli import app
 from vllm_kvcompress.presets import shipped_presets
-
-MODEL = Path(vllm_kvcompress.__file__).parent / "demo_model"
 
 
 @dataclass

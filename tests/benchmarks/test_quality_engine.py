@@ -10,13 +10,12 @@ from random import Random
 import pytest
 from typer.testing import CliRunner
 
-import vllm_kvcompress
+from vllm_kvcompress.bench.engine import MODEL
 from vllm_kvcompress.bench.quality import demo
 from vllm_kvcompress.bench.vllm_server import VllmServer
 from vllm_kvcompress.cli import app
 
 pytestmark = pytest.mark.engine
-MODEL = Path(vllm_kvcompress.__file__).parent / "demo_model"
 FORGETFUL = """
 from dataclasses import dataclass
 
@@ -67,9 +66,10 @@ def test_the_same_seed_gives_the_same_table_and_the_worst_policy_is_caught(tmp_p
     arguments = ["--n", "8", "--lengths", "512", "--budgets", "0.5", "--question", "both"]
     arguments += ["--policies", "kv-compress", str(forgetful)]
     once = bench(tmp_path, *arguments)
-    again = bench(tmp_path, *arguments, name="again")
-    assert once["tables"] == again["tables"]
-    assert answers(tmp_path) == answers(tmp_path, "again")
+    again = bench(tmp_path, *arguments, "--tasks", "needle", name="again")
+    (needle,) = (one for one in again["tables"] if one["title"] == "needle, 512 tokens, n = 8")
+    assert needle in once["tables"]
+    assert answers(tmp_path, "again").items() <= answers(tmp_path).items()
     seen = [c for c in once["cells"] if c["unseen"] == "false"]
     score = {(c["task"], c["policy"]): float(c["score"]) for c in seen}
     for task in ("needle", "many-facts", "span"):
@@ -92,7 +92,7 @@ def server():
 
 
 def test_a_server_answers_as_an_engine_in_process_does(server, tmp_path):
-    arguments = ["--n", "6", "--lengths", "512", "--budgets", "0.5", "0.125"]
+    arguments = ["--n", "4", "--lengths", "512", "--budgets", "0.125"]
     arguments += ["--policies", "kv-compress", "random", "--tasks", "demo"]
     asked = {
         "engine": ["--concurrency", "1"],
@@ -102,7 +102,7 @@ def test_a_server_answers_as_an_engine_in_process_does(server, tmp_path):
     for name, how in asked.items():
         bench(tmp_path, *arguments, *how, name=name)
     engine = answers(tmp_path, "engine")
-    assert len(engine) == 6 * 3 * 5
+    assert len(engine) == 4 * 3 * 3
     assert answers(tmp_path, "server") == engine
     crowded = answers(tmp_path, "crowded")
     assert crowded.keys() == engine.keys()

@@ -47,12 +47,23 @@ def test_all_images_are_pinned(services):
 
 
 def test_what_is_built_and_mounted_exists(services):
+    named = set(load("compose.yaml")["volumes"])
     for service in services.values():
         if build := service.get("build"):
             assert (DOCKER / build["context"] / build["dockerfile"]).is_file()
         for volume in service.get("volumes", []):
             source = volume.split(":")[0]
-            assert not source.startswith(".") or (DOCKER / source).exists()
+            assert (DOCKER / source).exists() if source.startswith(".") else source in named
+
+
+def test_a_gpu_server_keeps_models_and_kernels_and_has_time_to_fetch_them(services):
+    server = services["server-gpu"]
+    assert "cache:/root/.cache" in server["volumes"], "Hugging Face's and the kernels' folder"
+    assert "HF_TOKEN" in server["environment"] and server["ipc"] == "host"
+    assert server["healthcheck"]["test"] == services["server"]["healthcheck"]["test"]
+    assert server["healthcheck"]["start_period"].endswith("h")
+    (argument,) = server["build"]["args"]
+    assert any(line.startswith(f"ARG {argument}=") for line in lines("Dockerfile"))
 
 
 def test_no_port_is_open_to_other_machines(services):

@@ -83,7 +83,7 @@ def test_preempted_requests_say_the_same(prompts, plain):
 def test_what_is_not_compressed_says_the_same(prompts, plain, settings, knobs):
     llm = engine(settings)
     with counted(compressor_of(llm), "_compress") as compressions:
-        assert assert_same_words(ask(llm, prompts, greedy(SAID, knobs)), plain) <= 2
+        assert assert_same_words(ask(llm, prompts[::3], greedy(SAID, knobs)), plain[::3]) <= 1
     assert not compressions
 
 

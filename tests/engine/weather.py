@@ -126,8 +126,8 @@ class Tally:
     loads: int = 0
     failed_loads: int = 0
     deferred_frees: int = 0
-    propagated: int = 0
     full_windows: int = 0
+    propagated: int = 0
 
 
 class Storm:

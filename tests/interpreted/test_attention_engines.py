@@ -9,6 +9,8 @@ from interpreted import stand_ins
 from kernels.caches import noise, poisoned_cache
 from vllm.v1.attention.backends import fa_utils
 
+from vllm_kvcompress.bench.gpu import speed
+from vllm_kvcompress.bench.gpu.skipped import Skipped
 from vllm_kvcompress.config import ATTENTION_ENGINES
 from vllm_kvcompress.engine.attention import ENGINES, HeadCall, choose
 from vllm_kvcompress.engine.attention.flash_attn import (
@@ -19,6 +21,7 @@ from vllm_kvcompress.engine.attention.flash_attn import (
 from vllm_kvcompress.engine.attention.flashinfer import FlashInferEngine
 from vllm_kvcompress.engine.attention.triton import TritonEngine
 from vllm_kvcompress.engine.attention.xformers import XFormersEngine
+from vllm_kvcompress.kernels.cuda import CudaPages
 
 GROUP, SIZE, B = 2, 32, 16
 SCALE = SIZE**-0.5
@@ -59,6 +62,18 @@ def test_triton(case):
     call = call_of(*case)
     TritonEngine().attend(call)
     assert (call.out.double() - expected(call)).abs().max() < 2e-5
+
+
+def test_the_gpu_check_times_the_cuda_kernel_too(cuda_on_host, monkeypatch):
+    monkeypatch.setattr(speed, "cuda_library", lambda: cuda_on_host)
+    call = call_of(*ONE)
+    engine = speed._engine(speed.CUDA_KERNEL)
+    assert isinstance(engine.attend_pages.__self__, CudaPages)
+    engine.attend(call)
+    assert (call.out.double() - expected(call)).abs().max() < 2e-5
+    monkeypatch.setattr(speed, "cuda_library", lambda: None)
+    with pytest.raises(Skipped, match="no CUDA kernels"):
+        speed._engine(speed.CUDA_KERNEL)
 
 
 @pytest.mark.parametrize("case", [ONE, SEVERAL], ids=["one query", "several"])

@@ -82,7 +82,7 @@ def on_device(want, tmp_path_factory):
 def use(llm, attention_engine) -> None:
     layers = llm.llm_engine.vllm_config.compilation_config.static_forward_context.values()
     for impl in (layer.impl for layer in layers):
-        impl.bind(impl._pool, impl._pool_layer, attention_engine)
+        impl.engine = attention_engine
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -180,11 +180,10 @@ def test_attention_is_chosen_only_for_an_engine_that_calls_it(
 
     class OtherEngine(TritonEngine):
         def __init__(self):
-            super().__init__()
-            self._attend, self.attend_pages = self.attend_pages, None
+            self.attend_pages = None
 
         def attend(self, call):
-            self._attend(*newest(call))
+            TritonEngine().attend(call)
 
     cuda = Noted(cuda_on_host)
     clock(monkeypatch, cuda, most_cuda_sequences=ROWS * HEADS)
@@ -201,6 +200,23 @@ def test_attention_is_chosen_only_for_an_engine_that_calls_it(
     assert compressor._compact.choice() == "cuda"
     if not own_kernels:
         assert worker._engine.attend_pages.choice(torch.empty(HEADS)) == "cuda"
+
+
+def test_what_steps_outside_of_graphs_call_was_called_before(pool):
+    """Splits follow a step's longest sequence, and a question has several query tokens."""
+    scratch, longest = Scratch(ROWS, HEADS, WIDTH, pool.device), 4000
+    pool.cache.normal_()
+    shapes = set()
+    for call in page_kernels.compiling(pool, GROUP, scratch, longest):
+        TritonEngine().attend(call)
+        rows = torch.arange(len(call.lengths)).repeat_interleave(call.most_queries)
+        earlier = torch.arange(call.most_queries).flip(0).repeat(len(call.lengths))
+        held = call.keys, call.values, call.tables[rows], call.lengths[rows] - earlier
+        want = attend_pages_reference(call.queries, *held, call.scale)
+        torch.testing.assert_close(call.out.double(), want, rtol=0, atol=2e-5)
+        shapes.add((len(call.lengths), newest(call)[-2], call.most_queries))
+    smallest = {(HEADS, splits, 1) for splits in (1, 2)} | {(HEADS, 2, 2)}
+    assert shapes == smallest | {(rows * HEADS, 1, 1) for rows in (2, 5)}
 
 
 @pytest.mark.parametrize("tokens", [1, 3 * B])

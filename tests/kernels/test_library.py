@@ -96,6 +96,14 @@ def test_a_folder_that_is_open_to_others_is_refused(calls, tmp_path, mode):
             use("sm_90")
 
 
+def test_an_images_library_is_taken_whatever_the_users_folder_is(calls, tmp_path):
+    made = build("sm_90", library.IN_PACKAGE)
+    (tmp_path / "cache").write_text("no folder can be made here")
+    assert find("sm_90") == made
+    with pytest.raises(CannotBuild, match="cannot be made"):
+        find("sm_80")
+
+
 def test_a_link_to_a_folder_is_refused(calls, tmp_path):
     (tmp_path / "cache").mkdir()
     (tmp_path / "elsewhere").mkdir(mode=0o700)

@@ -21,9 +21,11 @@ from vllm import LLM, envs
 from vllm.config import CUDAGraphMode
 from vllm.distributed.kv_transfer import get_kv_transfer_group
 from vllm.distributed.kv_transfer.kv_transfer_state import ensure_kv_transfer_shutdown
+from vllm.v1.worker.gpu_worker import Worker
 
 from vllm_kvcompress.bench.gpu.recorded import CUDAGraph
 from vllm_kvcompress.engine.device_compressor import DeviceCompressor
+from vllm_kvcompress.engine.worker import PerHeadWorker
 
 SAID = 5
 RUNNERS = {"0": "vllm.v1.worker.gpu_model_runner", "1": "vllm.v1.worker.gpu.model_runner"}
@@ -59,6 +61,17 @@ def beside_another_rank(llm, monkeypatch):
         yield
 
 
+def record(monkeypatch, kind, name, results):
+    """Append what the method returns."""
+    method = getattr(kind, name)
+
+    def recorded(self):
+        results.append(method(self))
+        return results[-1]
+
+    monkeypatch.setattr(kind, name, recorded)
+
+
 @pytest.mark.parametrize("second", ["0", "1"], ids=["first runner", "second runner"])
 def test_graphs_steps_without_graphs_and_a_loaded_prompt_say_the_same(
     second, monkeypatch, tmp_path
@@ -68,6 +81,9 @@ def test_graphs_steps_without_graphs_and_a_loaded_prompt_say_the_same(
     ensure_kv_transfer_shutdown()
     sizes = {"cudagraph_capture_sizes": [1, 2, 4]}
     store = {"store": str(tmp_path), "levels": [4], "chunk_tokens": 32}
+    profiled, left = [], []
+    record(monkeypatch, Worker, "determine_available_memory", profiled)
+    record(monkeypatch, PerHeadWorker, "determine_available_memory", left)
     llm = LLM(
         model=DEMO_MODEL,
         dtype="bfloat16",
@@ -83,6 +99,9 @@ def test_graphs_steps_without_graphs_and_a_loaded_prompt_say_the_same(
         additional_config={"kv_compress": {"rate": 4, "window_tokens": 8, "cachegen": store}},
     )
     assert llm.llm_engine.vllm_config.scheduler_config.async_scheduling
+    assert profiled[0] - left[0] > (512 + 20) << 20, (
+        "the store's buffer, and what compressing takes"
+    )
     runner, compressor = runner_of(llm), compressor_of(llm)
     assert type(runner).__module__ == RUNNERS[second]
     assert isinstance(compressor, DeviceCompressor)

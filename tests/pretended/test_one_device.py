@@ -11,12 +11,12 @@ import numpy as np
 import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.utils.backend_registration import _setup_privateuseone_for_python_backend
 from triton.runtime.interpreter import InterpretedFunction
 from vllm.config import CUDAGraphMode
 from vllm.v1.attention.backend import CommonAttentionMetadata
 
 from vllm_kvcompress import accounting
+from vllm_kvcompress.bench.compression_memory import move, register_device
 from vllm_kvcompress.config import EngineConfig
 from vllm_kvcompress.engine.attention.triton import TritonEngine
 from vllm_kvcompress.engine.device import HeadPathBuilder
@@ -36,8 +36,7 @@ PRESETS = sorted(set(shipped_presets()) - {"fastkv-constant"})  # it would keep 
 
 @pytest.fixture(scope="module", autouse=True)
 def gpu():
-    """A device of this name, without memory."""
-    _setup_privateuseone_for_python_backend("gpu")
+    register_device()
 
 
 class VllmBuilder:
@@ -70,20 +69,6 @@ def on_no_device(monkeypatch):
         monkeypatch.setattr(f"vllm_kvcompress.{module}.async_tensor_h2d", uploaded)
     with WITHOUT_CONTENTS, torch.inference_mode():
         yield
-
-
-def moved(pool: PagePool) -> PagePool:
-    """The pool, which looks at values once while it is made, as it is on a GPU."""
-    flat = torch.empty(pool._flat.shape, device="gpu")
-    pool._flat, pool.cache, pool.device = flat, flat.view(pool.cache.shape), flat.device
-    for half in (pool._keys, pool._values):
-        view = half._view
-        half._flat, half._rows = flat, flat.view(half._rows.shape)
-        half._view = flat.as_strided(view.shape, view.stride(), view.storage_offset())
-        for index in ("_where", "_rows_of_page"):
-            shape = getattr(half, index).shape
-            setattr(half, index, torch.empty(shape, dtype=torch.int64, device="gpu"))
-    return pool
 
 
 def step(new=(), cached=None, counts=None):
@@ -126,7 +111,7 @@ def test_a_request_is_compressed_and_attended(name, monkeypatch):
     steps = [[1, 1, 1], [7, 2, 1]]
     starts = [np.cumsum([0, *counts], dtype=np.int32) for counts in steps]
     with on_no_device(monkeypatch):
-        pool = moved(pool)
+        move(pool)
         judge = DeviceJudge(config, pool, SIZE**-0.5)
         compressor = DeviceCompressor(config, pool, judge, ROWS, WIDTH)
         new = SimpleNamespace(

@@ -62,8 +62,8 @@ class DeviceWorker(PerHeadWorker):
             self._engine.attend_pages, attends = attention.kernel, attention.names
         compaction = page_kernels.choose_compaction(config.kernels, self._cuda, pool)
         self.kernels = {"attention": attends, "compaction": compaction.names}
-        for call in page_kernels.batches(pool, group, self._scratch, longest, 1):
-            self._engine.attend(call)  # whatever it compiles, it compiles now
+        for call in page_kernels.compiling(pool, group, self._scratch, longest):
+            self._engine.attend(call)
         judge = DeviceJudge(config, pool, scale, mean_over_ranks)
         return DeviceCompressor(config, pool, judge, rows, width, compaction.kernel)
 

@@ -59,11 +59,12 @@ class ModelShape:
 
         Either ranking its scores, or gathering the keys of a layer and reducing a head of them.
         """
-        scores = 4 * self.layers * self.heads * tokens
+        candidates = self.layers * self.heads * tokens
         keys = self.heads * tokens * self.head_size * self.dtype.itemsize
-        scoring = scores + keys + 8 * tokens * self.head_size + 16 * self.query_heads * tokens
-        at_once = AT_ONCE_BYTES * max(AT_ONCE, self.heads * tokens)
-        return max(SCORES * scores, scoring) + at_once
+        one_head = 8 * tokens * self.head_size + 16 * self.query_heads * tokens
+        at_once = min(candidates, max(AT_ONCE, self.heads * tokens))
+        ranking = SCORES * 4 * candidates + AT_ONCE_BYTES * at_once
+        return max(ranking, 4 * candidates + keys + one_head)
 
     def working_bytes(self, config: EngineConfig, vllm_config: VllmConfig) -> int:
         """Windows, and the larger of a compression and a step that selects tokens."""

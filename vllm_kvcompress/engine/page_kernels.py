@@ -7,7 +7,7 @@ every size of batch that a graph may capture.
 
 import logging
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -20,6 +20,7 @@ from vllm_kvcompress.engine.attention.interface import HeadCall
 from vllm_kvcompress.engine.attention.triton import newest
 from vllm_kvcompress.engine.device_batch import Scratch
 from vllm_kvcompress.kernels import (
+    MIN_SPLIT_TOKENS,
     attend_pages,
     attend_pages_reference,
     compact,
@@ -163,6 +164,30 @@ def batches(
             longest=longest,
             scale=pool.head_size**-0.5,
             softcap=0.0,
+            out=torch.empty_like(queries),
+        )
+
+
+def compiling(pool: PagePool, group: int, scratch: Scratch, longest: int) -> Iterator[HeadCall]:
+    """A call of every shape that an engine may have to compile a kernel for.
+
+    Each size of batch; of the smallest, every power of two of splits, which steps outside of
+    graphs take from their longest sequence; and two query tokens each.
+    """
+    for number, call in enumerate(batches(pool, group, scratch, longest, 2)):
+        yield call
+        if number:
+            continue
+        tokens = MIN_SPLIT_TOKENS
+        while tokens < longest:
+            yield replace(call, longest=tokens)
+            tokens *= 2
+        queries = call.queries.repeat(2, 1, 1)
+        yield replace(
+            call,
+            queries=queries,
+            query_start_loc=2 * call.query_start_loc,
+            most_queries=2,
             out=torch.empty_like(queries),
         )
 

@@ -29,8 +29,9 @@ def page_format(layer: AttentionLayer, cache: Tensor) -> PageFormat:
         return PageFormat.by_token(page_tokens, content // 2)
     if name != PROBED:
         known = ", ".join((PROBED, *BY_TOKEN))
-        raise ValueError(f"kv-compress cannot read pages of {name}: set --attention-backend "
-                         f"to one of {known}")  # fmt: skip
+        raise ValueError(
+            f"kv-compress cannot read pages of {name}: set --attention-backend to one of {known}"
+        )
     from vllm import _custom_ops as ops
 
     def write(keys: Tensor, values: Tensor, page: Tensor) -> None:

@@ -22,13 +22,19 @@ class KeyDiffScorer(Scorer):
 
     def score(self, obs: Observation, layer: int) -> Tensor:
         scores = torch.empty(obs.keys.shape[:2], device=obs.keys.device)
-        for head, own in enumerate(obs.keys):  # all heads' keys in f32 would be many gigabytes
-            keys = F.normalize(own.float(), dim=-1)
-            if obs.valid is not None:
-                keys.masked_fill_(~obs.valid[head, :, None], 0.0)
-            anchor = F.normalize(keys.sum(dim=0), dim=-1)
-            scores[head] = -(keys @ anchor)
+        for head in range(obs.heads):  # all heads' keys in f32 would be gigabytes
+            scores[head] = self._of_head(
+                obs.keys[head], None if obs.valid is None else obs.valid[head]
+            )
         return scores
+
+    @staticmethod
+    def _of_head(keys: Tensor, valid: Tensor | None) -> Tensor:
+        """f32 `[n]` of keys `[n, D]`."""
+        keys = F.normalize(keys.float(), dim=-1)
+        if valid is not None:
+            keys.masked_fill_(~valid.unsqueeze(-1), 0.0)
+        return -(keys @ F.normalize(keys.sum(dim=0), dim=-1))
 
 
 @register_scorer("position")

@@ -117,8 +117,8 @@ class Transfers:
                 return
         try:
             taken = self.coder.take(job.block_ids)
-        except torch.OutOfMemoryError as error:
-            self.tally.add("not_stored", label=type(error).__name__)
+        except torch.OutOfMemoryError:
+            self.tally.add("not_stored", label="out_of_memory")
             return
         with self._lock:
             self._buffered += size
