@@ -149,7 +149,7 @@ class Storm:
         judge = Judge(self.config, self.pool, SIZE**-0.5)
         self.compressor = Compressor(self.config, self.pool, judge)
         self.manager = self.scheduler.per_head
-        self.manager.tsp_max_inflight_tokens = climate.tsp_tokens
+        self.manager.propagating.capacity_tokens = climate.tsp_tokens
         self.stash = Stash(climate.tsp_tokens, 1, torch.float32, torch.device("cpu"))
         self.forget_reallocated(self.manager.block_pool)
         self.hasher = get_request_block_hasher(climate.block_tokens, HASH)
