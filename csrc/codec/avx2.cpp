@@ -9,6 +9,8 @@
 #pragma clang attribute push(__attribute__((target("avx2,bmi,bmi2,popcnt"))), apply_to = function)
 #endif
 
+#define KVC_VECTOR_BYTES 32
+
 namespace kvc {
 namespace avx2 {
 #include "loops.inl"

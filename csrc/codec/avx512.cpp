@@ -16,6 +16,8 @@
     apply_to = function)
 #endif
 
+#define KVC_VECTOR_BYTES 32
+
 namespace kvc {
 namespace avx512 {
 #include "loops.inl"

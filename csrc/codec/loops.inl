@@ -6,11 +6,7 @@ typedef float v4f __attribute__((vector_size(16)));
 typedef double v4d __attribute__((vector_size(32)));
 typedef int32_t v8i __attribute__((vector_size(32)));
 typedef uint32_t v8u __attribute__((vector_size(32)));
-#if defined(__AVX2__)
-constexpr int kVectorBytes = 32;
-#else
-constexpr int kVectorBytes = 16;
-#endif
+constexpr int kVectorBytes = KVC_VECTOR_BYTES;
 typedef uint8_t bytes_t __attribute__((vector_size(kVectorBytes)));
 typedef uint64_t words_t __attribute__((vector_size(kVectorBytes)));
 typedef int16_t v8s __attribute__((vector_size(16)));

@@ -1,5 +1,7 @@
 #include "kernels.h"
 
+#define KVC_VECTOR_BYTES 16
+
 namespace kvc {
 namespace portable {
 #include "loops.inl"
