@@ -13,6 +13,7 @@ from vllm_kvcompress.kernels.attention import (
 )
 from vllm_kvcompress.kernels.compaction import compact, compact_reference, split_pages
 from vllm_kvcompress.kernels.scoring import WindowScore, score_window, score_window_reference
+from vllm_kvcompress.kernels.slots import head_slots, head_slots_reference
 from vllm_kvcompress.kernels.tables import Arenas, fill_tables, fill_tables_reference
 
 __all__ = [
@@ -25,6 +26,8 @@ __all__ = [
     "compact_reference",
     "fill_tables",
     "fill_tables_reference",
+    "head_slots",
+    "head_slots_reference",
     "score_window",
     "score_window_reference",
     "split_pages",

@@ -80,6 +80,11 @@ class Arenas:
         """
         self._enter(slot, pages, tail_start_block, held=1)
 
+    def clear(self, slot: int) -> None:
+        """Empty a slot: a request in it reads natural pages only."""
+        self.starts[slot].zero_()
+        self.tails[slot].zero_()
+
     def _enter(self, slot: int, pages: Tensor, tail_start_block: int, held: int) -> None:
         self.starts[slot, 1:].copy_(pages.flatten().cumsum(0))
         self.tails[slot].fill_(tail_start_block)

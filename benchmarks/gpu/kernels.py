@@ -21,6 +21,8 @@ from vllm_kvcompress.kernels import (
     compact_reference,
     fill_tables,
     fill_tables_reference,
+    head_slots,
+    head_slots_reference,
     score_window,
     score_window_reference,
     split_pages,
@@ -167,6 +169,13 @@ def _tables() -> Errors:
                 wrong += int(lengths[layer, row, head]) != length
                 wrong += tables[layer, row, head, : len(ids)].tolist() != ids
     yield "fill_tables", float(wrong), 0.0
+
+    rows = torch.tensor([0, 0, 1, -1], dtype=torch.int32, device=DEVICE)
+    positions = torch.tensor([3, 40, 17, 0], device=DEVICE)
+    shape = (table, rows, positions, 1, layers, heads, page_tokens)
+    got = torch.zeros(4, heads, dtype=torch.int64, device=DEVICE)
+    head_slots(*shape, got)
+    yield "head_slots", float((got != head_slots_reference(*shape)).sum()), 0.0
 
 
 def replayed(_: Mapping[str, float]) -> Iterator[Row]:

@@ -31,8 +31,10 @@ from vllm_kvcompress.kernels import (
     compact,
     compaction,
     fill_tables,
+    head_slots,
     score_window,
     scoring,
+    slots,
     split_pages,
     tables,
 )
@@ -59,7 +61,7 @@ class Recorder:
 def record() -> list[Recorder]:
     """Launch everything once; the kernels only take note."""
     recorders = []
-    for module in (attention, compaction, scoring, tables):
+    for module in (attention, compaction, scoring, slots, tables):
         for name, kernel in vars(module).items():
             if isinstance(kernel, triton.JITFunction) and "program_id" in kernel.src:
                 recorders.append(Recorder(kernel))
@@ -82,6 +84,8 @@ def record() -> list[Recorder]:
     arenas = Arenas.allocate(8, layers, heads, 16, "cpu")
     out = torch.zeros(layers, 8, heads, 16, dtype=torch.int32)
     fill_tables(arenas, lengths, table, lengths, page_tokens, 0, out, out[..., 0].contiguous())
+    slot_out = torch.zeros(8, heads, dtype=torch.int64)
+    head_slots(table, lengths, positions[:8], 0, layers, heads, page_tokens, slot_out)
     return recorders
 
 

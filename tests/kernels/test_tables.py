@@ -7,6 +7,8 @@ from vllm_kvcompress.kernels import (
     Arenas,
     fill_tables,
     fill_tables_reference,
+    head_slots,
+    head_slots_reference,
 )
 from vllm_kvcompress.kernels import tables as tables_module
 
@@ -119,6 +121,7 @@ def test_replays_on_the_same_memory_follow_the_requests():
     for step in range(6):
         seq_lens += 1
         if step == 4:
+            arenas.clear(0)
             slots[0] = -1
         tables.fill_(-7)
         fill_tables(arenas, slots, table, seq_lens, B, 0, tables, lengths)
@@ -142,3 +145,24 @@ def test_an_arena_that_does_not_fit_is_refused():
         Arenas.allocate(1, LAYERS, HEADS, 2, "cpu").put(
             0, torch.arange(3), torch.full((LAYERS, HEADS), 3), tail_start_block=6
         )
+
+
+@pytest.mark.parametrize("tokens", [0, 1, 7, 300])
+def test_head_slots_are_natural_and_skip_padding(tokens):
+    table, _ = batch([1] * 5)
+    draw = torch.Generator().manual_seed(tokens)
+    rows = torch.randint(-1, 5, (tokens,), generator=draw).to(torch.int32)
+    positions = torch.randint(0, WIDTH * B, (tokens,), generator=draw)
+    out = torch.full((tokens, HEADS), -7, dtype=torch.int64)
+    for layer in range(LAYERS):
+        args = (table, rows, positions, layer, LAYERS, HEADS, B)
+        head_slots(*args, out)
+        assert torch.equal(out, head_slots_reference(*args))
+
+
+def test_head_slots_worked_example():
+    table = torch.tensor([[3, 8]], dtype=torch.int32)
+    out = torch.empty(2, HEADS, dtype=torch.int64)
+    rows = torch.tensor([0, 0], dtype=torch.int32)
+    head_slots(table, rows, torch.tensor([5, 17]), 1, LAYERS, HEADS, B, out)
+    assert out.tolist() == [[(18 + 2) * 16 + 5, (18 + 3) * 16 + 5], [50 * 16 + 1, 51 * 16 + 1]]
