@@ -31,7 +31,7 @@ enum class Quantiser : uint8_t { fixed_step = 0, per_token = 1, lossless = 2 };
 
 // Which table a channel uses, and how its integers become symbols.
 struct Channel {
-  uint8_t table;  // 0: the profile's, 1..254: the codebook's, 255: stored in the section
+  uint8_t table;  // 0: the profile's, from 1 the codebook's, 255: stored in the section
   uint8_t flags;  // bits 0-3 shift, bit 7 delta
   int16_t centre;
 

@@ -185,13 +185,15 @@ def test_layers_of_a_group_are_scored_once_and_keep_the_same_tokens(leader, scor
     own = {"preset": "windowkv", "group_layers": 2, "group_leader": leader, "rate": 4}
     llm = engine(own, step_tokens=256)
     requests = [(prompt(Random(9), n), greedy(8)) for n in (300, 417)]
-    policy = compressor_of(llm).judge.policy(compressor_of(llm)._config.settings_or_off(None))
-    scorer = type(policy.scorer)
+    judge, passes = compressor_of(llm).judge, []
+    score = judge._score_layer
+
+    def recorded(scorer, candidates, layer, window):
+        passes.append(layer)
+        return score(scorer, candidates, layer, window)
+
     with pytest.MonkeyPatch.context() as patch:
-        passes, score = [], scorer.score
-        patch.setattr(
-            scorer, "score", lambda self, obs, l: (passes.append(l), score(self, obs, l))[1]
-        )
+        patch.setattr(judge, "_score_layer", recorded)
         results = watched(llm, requests)
     assert passes == scored * 2
     for answer, (arena,) in results:
