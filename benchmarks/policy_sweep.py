@@ -15,7 +15,7 @@ import platform
 import random
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
-from itertools import cycle, product
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -244,15 +244,18 @@ def plot(results: Sequence[Result], path: Path) -> None:
     blocks = sorted({r.block_tokens for r in results})
     presets = list(dict.fromkeys(r.preset for r in results))
     presets.sort(key=lambda name: name != DEFAULT_PRESET)
-    colours = dict(zip(presets, cycle(COLOURS), strict=False)) | {CONTROL: CONTROL_COLOUR}
+    looks = product(("-", "--"), COLOURS)
+    styles = {name: next(looks) for name in presets if name != CONTROL}
+    styles[CONTROL] = (":", CONTROL_COLOUR)
     figure, grid = panels(len(blocks) * len(tasks), columns=len(tasks), share_y=True)
     for axes, (block, task) in zip(grid, product(blocks, tasks), strict=True):
         here = [r for r in results if (r.task, r.block_tokens) == (task, block)]
         for preset in presets:
             line = sorted((r.held_share, r.accuracy) for r in here if r.preset == preset)
+            dashes, colour = styles[preset]
+            style = {"color": colour, "ls": dashes, "marker": "o", "markersize": 3, "label": preset}
             wide = 2.4 if preset == DEFAULT_PRESET else 1.3
-            style = {"color": colours[preset], "linewidth": wide, "markersize": 3}
-            axes.plot(*zip(*line, strict=True), "o-", label=preset, **style)
+            axes.plot(*zip(*line, strict=True), linewidth=wide, **style)
         axes.axhline(
             here[0].full_right / here[0].prompts, color="#444444", ls=":", lw=1, label="full cache"
         )
