@@ -19,6 +19,7 @@ from vllm_kvcompress.bench.harness import Summary, write_report
 from vllm_kvcompress.bench.options import ListCommand
 from vllm_kvcompress.bench.overhead import Clock
 from vllm_kvcompress.bench.table import Table
+from vllm_kvcompress.presets import shipped_presets
 
 REPORT_WIDTH = 110
 REQUEST = "prompt"
@@ -121,10 +122,11 @@ def main(
         list[str] | None, typer.Option(help=f"Of {', '.join(SHAPES)} (default: all).")
     ] = None,
     tokens: Annotated[
-        list[int] | None, typer.Option(help="Tokens per prompt (default 2048 8192).", min=64)
+        list[int] | None,
+        typer.Option(help="Tokens per prompt (default 2048 8192).", min=64, max=1 << 17),
     ] = None,
     preset: Annotated[str, typer.Option(help="Compression preset.")] = "kv-compress",
-    rate: Annotated[float, typer.Option(help="Compression rate.", min=1)] = 8,
+    rate: Annotated[float, typer.Option(help="Compression rate.", min=1, max=1024)] = 8,
     torch_only: Annotated[
         bool, typer.Option("--torch", help="Beside it: without this project's C++.")
     ] = False,
@@ -141,6 +143,8 @@ def main(
     for name in shapes or ():
         if name not in SHAPES:
             raise typer.BadParameter(f"{name!r} is no shape; there are {', '.join(SHAPES)}")
+    if preset not in shipped_presets():
+        raise typer.BadParameter(f"{preset!r} is no preset: `vllm-kvcompress presets` lists them")
     chosen = [SHAPES[name] for name in shapes or SHAPES]
     tables, samples = [], {}
     for shape in chosen:

@@ -252,9 +252,11 @@ def table(tokens: int) -> Table:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False)
-    parser.add_argument("--tokens", type=int, default=1 << 17)
+    parser.add_argument("--tokens", type=int, default=1 << 17, help="1024 to 1048576")
     arguments = parser.parse_args()
     pretend(engine=False)
+    if not 1 << 10 <= arguments.tokens <= 1 << 20:
+        parser.error(f"--tokens {arguments.tokens} is not between 1024 and 1048576")
     Console().print(table(arguments.tokens).rich())
 
 
